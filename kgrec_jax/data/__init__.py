@@ -1,0 +1,1 @@
+"""Plain NumPy: reading, checking, splitting; no JAX here."""

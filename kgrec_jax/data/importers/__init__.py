@@ -1,0 +1,1 @@
+"""Data sets in other layouts, turned into a dataset folder."""

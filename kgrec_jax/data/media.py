@@ -1,0 +1,59 @@
+"""Precomputed vectors of items: media/NAME.npy [n, d] with one item id a line in media/NAME.ids.txt."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from kgrec_jax.errors import KgrecError
+
+
+def read_ids(path: pathlib.Path) -> list[str]:
+    """The identifiers of a file with one a line, each once; empty lines at the end do not count."""
+    if not path.is_file():
+        raise KgrecError(f"{path}: found no such file, expected one item id a line; check the path")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[:error.start].count(b"\n") + 1
+        raise KgrecError(f"{path}:{line}: found bytes that are not UTF-8, expected UTF-8; convert the file") from None
+    seen: dict[str, int] = {}
+    for number, identifier in enumerate(lines, 1):
+        if not identifier:
+            raise KgrecError(f"{path}:{number}: found an empty line, expected one item id a line; remove it")
+        if identifier in seen:
+            raise KgrecError(f"{path}:{number}: found {identifier!r}, which stands on line {seen[identifier]} too, expected each id once")
+        seen[identifier] = number
+    return lines
+
+
+def read_media(folder: pathlib.Path, items: Mapping[str, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """name -> ([I, d] float32 with zeros where an item has no vector, [I] bool which items have one)."""
+    media = {}
+    for path in sorted((folder / "media").glob("*.npy")):
+        ids_path = path.with_name(f"{path.stem}.ids.txt")
+        ids = read_ids(ids_path)
+        try:
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise KgrecError(f"{path}: found something that is not a NumPy array ({str(error).splitlines()[0]}), "
+                             f"expected [n, d] float16 or float32; write it with numpy.save") from None
+        if vectors.ndim != 2 or vectors.dtype.kind != "f":
+            raise KgrecError(f"{path}: found an array {list(vectors.shape)} of {vectors.dtype}, expected [n, d] float16 or float32")
+        if len(vectors) != len(ids):
+            raise KgrecError(f"{path}: found {len(vectors):,} vectors and {len(ids):,} ids in {ids_path.name}, expected as many of each")
+        unknown = next((n for n, i in enumerate(ids) if i not in items), None)
+        if unknown is not None:
+            raise KgrecError(f"{ids_path}:{unknown + 1}: found the item {ids[unknown]!r}, expected an item of the data set; remove its row")
+        rows = np.array([items[i] for i in ids], np.int64)
+        values = np.zeros((len(items), vectors.shape[1]), np.float32)
+        values[rows] = vectors
+        bad = np.flatnonzero(~np.isfinite(values[rows]).all(1))
+        if len(bad):
+            raise KgrecError(f"{path}: found NaN or infinity in vector {bad[0]} (item {ids[bad[0]]!r}), expected finite numbers")
+        present = np.zeros(len(items), bool)
+        present[rows] = True
+        media[path.stem] = (values, present)
+    return media

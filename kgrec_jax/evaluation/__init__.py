@@ -1,0 +1,1 @@
+"""What a run was worth: ranking, link prediction, significance, report, plots."""

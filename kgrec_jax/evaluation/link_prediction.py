@@ -1,0 +1,127 @@
+"""Filtered, tie-aware link prediction in both directions.
+
+A triple (h, r, t) asks twice: which tail has (h, r, ?), and which head, as the tail of (t, r + R, ?) with the inverse
+relation. Every other answer known to be true, in whatever part, is left out of the ranking (the filtered setting of
+Bordes et al. 2013). A rank is the mean of the optimistic and the pessimistic rank among equal scores (the "realistic"
+rank), so that a constant scorer gains nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kgrec_jax.errors import KgrecError
+
+ScoreBlock = Callable[[np.ndarray, np.ndarray], jax.Array]  # heads [b], relations [b] of 2R -> scores [b, >= N]
+
+
+def add_inverses(triples: np.ndarray, num_relations: int) -> np.ndarray:
+    """Every triple and, after all of them, its inverse (t, r + R, h): [T, 3] -> [2T, 3] int32."""
+    head, relation, tail = triples.T
+    inverse = np.stack([tail, relation + num_relations, head], axis=1)
+    return np.concatenate([triples, inverse]).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownTails:
+    """All tails of each (head, relation) pair of a set of triples with their inverses, each once, as index lists."""
+
+    keys: np.ndarray  # [Q] int64, sorted: head * 2R + relation
+    starts: np.ndarray  # [Q + 1] int64
+    tails: np.ndarray  # [n] int32, sorted within each pair
+    num_relations: int  # R, without inverses
+
+    @staticmethod
+    def of(triples: np.ndarray, num_relations: int) -> KnownTails:
+        """The lists of `triples` [T, 3], inverses added here."""
+        both = np.unique(add_inverses(triples, num_relations).astype(np.int64), axis=0)
+        pairs = both[:, 0] * (2 * num_relations) + both[:, 1]
+        keys, first = np.unique(pairs, return_index=True)
+        return KnownTails(keys, np.append(first, len(both)).astype(np.int64), both[:, 2].astype(np.int32), num_relations)
+
+    def pairs(self, heads: np.ndarray, relations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(row [n], tail [n]): every known tail of each query row; a query without any has no row."""
+        wanted = heads.astype(np.int64) * (2 * self.num_relations) + relations
+        place = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
+        found = self.keys[place] == wanted if len(self.keys) else np.zeros(len(wanted), bool)
+        counts = np.where(found, self.starts[place + 1] - self.starts[place], 0) if len(self.keys) else found.astype(int)
+        rows = np.repeat(np.arange(len(wanted)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return rows.astype(np.int32), self.tails[np.repeat(self.starts[place], counts) + within]
+
+
+@jax.jit
+def _ranks(scores: jax.Array, targets: jax.Array, rows: jax.Array, tails: jax.Array, num_entities: jax.Array):
+    """Realistic ranks [b] from scores [b, Np]; (rows, tails) [F] are left out, a row of b is padding."""
+    b = scores.shape[0]
+    own = jnp.take_along_axis(scores, targets[:, None], axis=1)  # [b, 1]
+    real = jnp.arange(scores.shape[1])[None, :] < num_entities
+    # Written as "not ≤", so that a NaN anywhere makes a rank worse and never better.
+    above = jnp.sum(~(scores <= own) & real, axis=1)
+    equal = jnp.sum((scores == own) & real, axis=1)
+    left_out = scores[jnp.minimum(rows, b - 1), tails]  # [F]
+    own_of = own[jnp.minimum(rows, b - 1), 0]
+    drop = lambda hit: jnp.zeros(b, jnp.int32).at[rows].add(hit.astype(jnp.int32), mode="drop")  # noqa: E731
+    above = above - drop(~(left_out <= own_of))
+    equal = equal - drop(left_out == own_of)
+    # The target itself is among the equal ones unless its score is NaN.
+    return 1.0 + above.astype(jnp.float32) + 0.5 * jnp.maximum(equal - 1, 0).astype(jnp.float32)
+
+
+def rank_tails(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray, *,
+               known: KnownTails, num_entities: int, block: int = 0) -> np.ndarray:
+    """Filtered realistic rank of each tail, [Q] float64, 1 is best.
+
+    `score_block` is called with fixed-length blocks (the last one padded); columns past `num_entities` are ignored.
+    `block` 0 takes as many queries at once as keep a block of scores under 64 MiB. The result does not depend on it.
+    """
+    if block <= 0:
+        block = int(np.clip(2**24 // max(num_entities, 1), 8, 512))
+    out = np.zeros(len(heads), np.float64)
+    for start in range(0, len(heads), block):
+        index = np.minimum(np.arange(start, start + block), len(heads) - 1)
+        h, r, t = heads[index], relations[index], tails[index]
+        rows, filtered = known.pairs(h, r)
+        others = filtered != t[rows]
+        rows, filtered = rows[others], filtered[others]
+        # Lengths are rounded up to powers of two: a handful of compilations instead of one a block.
+        size = max(64, 1 << int(len(rows) - 1).bit_length()) if len(rows) else 64
+        rows = np.concatenate([rows, np.full(size - len(rows), block, np.int32)]).astype(np.int32)
+        filtered = np.concatenate([filtered, np.zeros(size - len(filtered), np.int32)]).astype(np.int32)
+        ranks = _ranks(score_block(h, r), jnp.asarray(t, jnp.int32), rows, filtered, num_entities)
+        kept = min(block, len(heads) - start)
+        out[start:start + kept] = np.asarray(ranks, np.float64)[:kept]
+    return out
+
+
+def rank_metrics(ranks: np.ndarray) -> dict[str, float]:
+    """MRR, mean rank and Hits@1/3/10 of ranks [Q]; a rank between two places counts as a hit from the worse one."""
+    metrics = {"mrr": float(np.mean(1.0 / ranks)), "mr": float(np.mean(ranks))}
+    return metrics | {f"hits@{k}": float(np.mean(ranks <= k)) for k in (1, 3, 10)}
+
+
+def evaluate_link_prediction(score_block: ScoreBlock, triples: np.ndarray, *, known: KnownTails, num_entities: int,
+                             block: int = 0) -> dict[str, float]:
+    """Both directions' metrics, and each apart under `tail/…` (h, r, ?) and `head/…` (?, r, t).
+
+    `triples` [T, 3] without inverses; `known` holds the true triples of every part, these included. `queries` counts
+    the ranks that were averaged. Raises KgrecError where there is no triple or one lies outside the tables.
+    """
+    if not len(triples):
+        raise KgrecError("link prediction: found no triple to rank, expected at least one; raise graph.test_share")
+    high = triples.max(axis=0)
+    if triples.min() < 0 or max(high[0], high[2]) >= num_entities or high[1] >= known.num_relations:
+        raise KgrecError(f"link prediction: found a triple with the ids {tuple(int(x) for x in high)}, expected entities "
+                         f"below {num_entities} and relations below {known.num_relations}")
+    both = add_inverses(triples, known.num_relations)
+    ranks = rank_tails(score_block, both[:, 0], both[:, 1], both[:, 2], known=known, num_entities=num_entities,
+                       block=block)
+    forward, backward = ranks[:len(triples)], ranks[len(triples):]
+    out = rank_metrics(ranks) | {"queries": float(len(ranks))}
+    out |= {f"tail/{name}": value for name, value in rank_metrics(forward).items()}
+    return out | {f"head/{name}": value for name, value in rank_metrics(backward).items()}

@@ -1,0 +1,44 @@
+"""Neighbourhood models: item-kNN and user-kNN by cosine with shrinkage (Sarwar et al. 2001; Herlocker et al. 1999)."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+
+from kgrec_jax.linear.parts import ItemWeights, UserNeighbours
+
+NEIGHBOURS = (50, 100, 200)  # the values of k that are compared on validation
+SHRINK = 10.0
+
+
+def item_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SHRINK, block: int = 2048) -> ItemWeights:
+    """The `num_neighbours` most similar items of each candidate, cosine with shrinkage.
+
+    Works through the candidates in blocks, so that its memory is block × I and not I × I.
+
+    Args:
+      train: [Nu, I] binary.
+    """
+    num_items = train.shape[1]
+    counts = train.getnnz(axis=0)
+    norms = np.sqrt(counts.astype(np.float32))  # [I]
+    by_item = train.T.tocsr()
+    columns = []
+    for start in range(0, num_items, block):
+        stop = min(start + block, num_items)
+        similarity = (by_item[start:stop] @ train).toarray()  # [b, I] co-counts
+        similarity /= norms[start:stop, None] * norms[None, :] + np.float32(shrink + 1e-9)
+        similarity[np.arange(stop - start), np.arange(start, stop)] = 0.0
+        k = min(num_neighbours, num_items)
+        top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        values = np.take_along_axis(similarity, top, axis=1).ravel()
+        rows = np.repeat(np.arange(stop - start), k)
+        kept = values > 0
+        columns.append(sp.csr_matrix((values[kept], (rows[kept], top.ravel()[kept])), shape=similarity.shape))
+    weights = sp.vstack(columns).T.tocsr()  # [I history, I candidate]
+    return ItemWeights(weights.astype(np.float32), counts > 0)
+
+
+def user_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SHRINK) -> UserNeighbours:
+    """User-kNN over the training matrix [Nu, I]."""
+    return UserNeighbours(train, num_neighbours, shrink, train.getnnz(axis=0) > 0)

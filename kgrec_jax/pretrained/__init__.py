@@ -1,0 +1,5 @@
+"""Weights that others trained."""
+
+from kgrec_jax.pretrained.hf import Encoder, load_encoder
+
+__all__ = ["Encoder", "load_encoder"]

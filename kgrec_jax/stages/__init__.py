@@ -1,0 +1,1 @@
+"""The map of each stage: Config, init, loss, evaluate, run."""

@@ -1,0 +1,115 @@
+"""Schedules, clipping, decay, frozen parts and row-wise Adagrad."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kgrec_jax.errors import KgrecError
+from kgrec_jax.optim import OptimConfig, learning_rate, make_optimizer, rowwise_adagrad
+
+PLAIN = OptimConfig(schedule="constant", warmup_share=0.0, clip_norm=0.0)
+
+
+def params():
+    rng = np.random.default_rng(0)
+    make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"entity": {"embedding": make(6, 4)}, "dense": {"kernel": make(4, 3), "bias": make(3)},
+            "LayerNorm": {"scale": make(4)}}
+
+
+def steps(tx, tree, grads, n=1):
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(tree)
+        for _ in range(n):
+            updates, state = tx.update(grads, state, tree)
+            tree = optax.apply_updates(tree, updates)
+    return tree, state
+
+
+@pytest.mark.parametrize("name,reference", [
+    ("adamw", optax.adam(1e-2)), ("sgd", optax.sgd(1e-2, momentum=0.9)),
+    ("adagrad", optax.adagrad(1e-2, initial_accumulator_value=0.1, eps=1e-8))])
+def test_equals_optax(name, reference):
+    tx = make_optimizer(dataclasses.replace(PLAIN, name=name, peak_lr=1e-2), 10)
+    got, _ = steps(tx, params(), params(), 3)
+    want, _ = steps(reference, params(), params(), 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_learning_rate_rises_and_falls(schedule):
+    rate = learning_rate(OptimConfig(peak_lr=2.0, warmup_share=0.2, schedule=schedule), 100)
+    with jax.numpy_dtype_promotion("standard"):
+        values = np.array([float(rate(s)) for s in range(101)])
+    assert 0 < values[0] < values[10] < values[20] == pytest.approx(2.0) == values.max()
+    assert values[100] == pytest.approx(2.0 if schedule == "constant" else 0.0, abs=1e-6)
+    middle = {"constant": 2.0, "cosine": 1.0, "linear": 1.0}[schedule]
+    assert values[60] == pytest.approx(middle, abs=1e-5)
+
+
+def test_the_state_tells_the_learning_rate():
+    _, state = steps(make_optimizer(OptimConfig(peak_lr=0.5, warmup_share=0.0, schedule="constant"), 10), params(), params())
+    assert float(optax.tree_utils.tree_get_all_with_path(state, "learning_rate")[0][1]) == 0.5
+
+
+def test_decay_acts_on_matrices_only():
+    zero = jax.tree.map(jnp.zeros_like, params())
+    moved, _ = steps(make_optimizer(dataclasses.replace(PLAIN, weight_decay=0.1, peak_lr=0.5), 10), params(), zero)
+    np.testing.assert_allclose(moved["dense"]["kernel"], 0.95 * params()["dense"]["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(moved["entity"]["embedding"], 0.95 * params()["entity"]["embedding"], rtol=1e-6)
+    np.testing.assert_array_equal(moved["dense"]["bias"], params()["dense"]["bias"])
+    np.testing.assert_array_equal(moved["LayerNorm"]["scale"], params()["LayerNorm"]["scale"])
+
+
+def test_frozen_parts_stay_and_do_not_count_in_the_norm():
+    cfg = dataclasses.replace(PLAIN, name="sgd", b1=0.0, peak_lr=1.0, clip_norm=1.0, weight_decay=0.1,
+                              frozen_patterns=("^dense/",))
+    grads = jax.tree.map(jnp.ones_like, params())
+    grads["dense"] = jax.tree.map(lambda g: g * 1e6, grads["dense"])
+    moved, _ = steps(make_optimizer(cfg, 10), params(), grads)
+    np.testing.assert_array_equal(moved["dense"]["kernel"], params()["dense"]["kernel"])
+    scale = params()["LayerNorm"]["scale"] - moved["LayerNorm"]["scale"]
+    np.testing.assert_allclose(scale, 1 / np.sqrt(28), rtol=1e-5)  # 24 entries of the table and 4 of the scale
+
+
+def test_rowwise_adagrad_against_numpy():
+    tx = optax.chain(rowwise_adagrad(), optax.scale(-0.1))
+    table, total = np.asarray(params()["entity"]["embedding"], np.float64), np.zeros((6, 1))
+    tree = {"entity": jnp.asarray(table, jnp.float32)}
+    state = tx.init(tree)
+    for seed in range(4):
+        grad = np.random.default_rng(seed).normal(size=(6, 4))
+        grad[seed] = 0.0
+        updates, state = tx.update({"entity": jnp.asarray(grad, jnp.float32)}, state, tree)
+        tree = optax.apply_updates(tree, updates)
+        total += (grad**2).mean(1, keepdims=True)
+        table -= np.where(total > 0, 0.1 * grad / np.sqrt(np.maximum(total, 1e-30)), 0.0)
+    np.testing.assert_allclose(tree["entity"], table, rtol=1e-5)
+    assert state[0].sum_of_squares["entity"].shape == (6, 1)
+
+
+def test_tables_have_an_optimiser_of_their_own():
+    cfg = dataclasses.replace(PLAIN, table_name="rowwise-adagrad", table_patterns=("embedding$",), table_peak_lr=0.1)
+    grads = jax.tree.map(jnp.zeros_like, params())
+    grads["entity"]["embedding"] = grads["entity"]["embedding"].at[2].set(3.0)
+    grads["dense"]["kernel"] = grads["dense"]["kernel"] + 1.0
+    moved, state = steps(make_optimizer(cfg, 10), params(), grads)
+    change = moved["entity"]["embedding"] - params()["entity"]["embedding"]
+    np.testing.assert_allclose(change[2], -0.1, rtol=1e-5)
+    assert not change[jnp.arange(6) != 2].any()
+    np.testing.assert_allclose(moved["dense"]["kernel"] - params()["dense"]["kernel"], -1e-3, rtol=1e-3)
+    sizes = sum(x.size for x in jax.tree.leaves(state))
+    assert sizes < 2 * (12 + 3 + 4) + 6 + 8  # Adam's moments of the dense part, six rows, a few scalars
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"peak_lr": -1.0}, "optim.peak_lr: found -1.0"), ({"warmup_share": 1.5}, "optim.warmup_share: found 1.5"),
+    ({"peak_lr": float("nan")}, "optim.peak_lr"), ({"table_patterns": ("(",)}, "optim.table_patterns")])
+def test_bad_fields(change, words):
+    with pytest.raises(KgrecError) as error:
+        make_optimizer(dataclasses.replace(OptimConfig(), **change), 10)
+    assert words in str(error.value)
