@@ -1,4 +1,4 @@
-"""Orbax checkpoints: whole trees that bridge the stages, parts of them, and the series that a training loop resumes from.
+"""Orbax checkpoints: whole trees that bridge the stages, parts of them, and the series that a loop resumes from.
 
 A checkpoint is written under a temporary name and renamed: it is whole or it is not there.
 """
@@ -9,21 +9,24 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.sharding import path_name
+from kgrec_jax.tracking import is_main_process
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays and numbers as one checkpoint folder, replacing an older one."""
+    """Writes a tree of arrays and numbers as one checkpoint folder in place of an older one, whole or not at all."""
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_main_process():  # what a kill left; Orbax clears it too, but with a warning
+        shutil.rmtree(path.with_name(f"{path.name}.orbax-checkpoint-tmp"), ignore_errors=True)
     ocp.save(path, jax.tree.map(_storable, tree), overwrite=True)
 
 
@@ -31,8 +34,8 @@ def load_tree(path: str | os.PathLike, abstract: Any = None) -> Any:
     """A checkpoint's whole tree.
 
     `abstract`: the same tree of ShapeDtypeStructs or arrays, which says where each leaf shall live (their shardings, of
-    any mesh; the first device where they have none; NumPy stays NumPy). Without it all arrays are NumPy. Raises KgrecError where the folder holds no checkpoint or
-    another tree.
+    any mesh; the first device where they have none; NumPy stays NumPy). Without it all arrays are NumPy. Raises
+    KgrecError where the folder holds no checkpoint or another tree.
     """
     path = _existing(path)
     stored = ocp.metadata(path).metadata
@@ -83,7 +86,7 @@ def _existing(path: str | os.PathLike) -> pathlib.Path:
         return path
     steps = sorted(int(p.name) for p in path.glob("*") if p.name.isdigit()) if path.is_dir() else []
     if not steps:
-        raise KgrecError(f"{path}: found no checkpoint, expected one that an earlier stage has saved; run that stage first")
+        raise KgrecError(f"{path}: found no checkpoint, expected one of an earlier stage; run that stage first")
     return path / str(steps[-1])
 
 
@@ -97,7 +100,8 @@ def _check(path: pathlib.Path, stored: Any, abstract: Any, partial: bool) -> Non
               if name in has and has[name] != shape]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise KgrecError(f"{path}: {'; '.join(wrong[:4])}{more}: the checkpoint is of another model; use a new run folder")
+        raise KgrecError(f"{path}: {'; '.join(wrong[:4])}{more}: the checkpoint is of another model; "
+                         "use a new run folder")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -132,14 +136,12 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, meta: dict, best_step: int = -1) -> None:
-        """Starts writing; returns once `state` may be changed. `best_step` stays on disk beside the latest."""
+        """Starts writing; returns once `state` may be donated. `best_step` stays on disk beside the latest."""
         if step == self.latest:
             return
-        # The write goes on in the background while the next step donates these buffers, and on a CPU an array on the
-        # host may be the very same memory: Orbax gets buffers of its own.
-        state = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else _storable(x), state)
         self._checkpointer.save_async(
-            step, state, metrics={"best_step": best_step}, custom_metadata={"meta": json.dumps(meta)}, force=True)
+            step, jax.tree.map(_storable, state), metrics={"best_step": best_step},
+            custom_metadata={"meta": json.dumps(meta)}, force=True)
 
     def load(self, step: int, abstract_state: Any, part: bool = False) -> Any:
         """The state of `step`, or the part of it that is named, on the devices that `abstract_state` names."""

@@ -35,8 +35,8 @@ def table_cross_entropy(
 
     queries [B, D] and table [N, D] are float32 or bfloat16; sums are float32. targets int32, [B] or [B, T] rows of the
     table; a negative target is padding, one at or beyond `num_rows` makes the loss NaN. weights [B] or [B, T] (1 where
-    absent) carry no gradient; a row without any weight has loss 0. bias [N] is differentiable; log_q [N], the log of the
-    probability that sampling shows a row as a target, is taken off the scores (Menon et al., 2021, logit adjustment).
+    absent) carry no gradient; a row without any weight has loss 0. bias [N] is differentiable; log_q [N] (the log
+    of the probability that sampling shows a row as a target) is taken off the scores.
     Rows from `num_rows` on are padding and take no part. `block_rows` bounds the memory of a block to [B, block_rows].
 
     Under `jax.set_mesh` with a table whose rows divide by the devices, each device works on N/devices rows and only
@@ -102,7 +102,7 @@ def sampled_cross_entropy(
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(Σ mask·values, Σ mask) in float32: a mean that adds up over batches and devices. Masked-out NaNs do not count."""
+    """(Σ mask·values, Σ mask) in float32: a mean that adds up over batches and devices. A NaN under 0 does not count."""
     mask = mask.astype(jnp.float32)
     return jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0).sum(), mask.sum()
 

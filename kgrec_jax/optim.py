@@ -61,7 +61,7 @@ def learning_rate(cfg: OptimConfig, num_steps: int, peak: float | None = None) -
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimiser of a run of `num_steps` steps: clip, then dense parameters, tables and frozen ones each in their way.
+    """The optimiser of a run of `num_steps` steps: clips, then moves dense parameters, tables and frozen ones apart.
 
     Call `init` and `update` under `jax.numpy_dtype_promotion("standard")` where strict promotion is on: Optax's moments
     and schedules mix weak and strong types. Raises KgrecError where a field is out of its range.
@@ -113,7 +113,7 @@ def rowwise_adagrad(initial: float = 0.0, eps: float = 1e-10) -> optax.GradientT
     def update(grads, state, params=None):
         del params
         total = jax.tree.map(lambda s, g: s + squares(g), state.sum_of_squares, grads)
-        updates = jax.tree.map(lambda g, s: (g.astype(jnp.float32) * _row_scale(s, eps, g)).astype(g.dtype), grads, total)
+        updates = jax.tree.map(lambda g, s: (g * _row_scale(s, eps, g)).astype(g.dtype), grads, total)
         return updates, RowwiseAdagradState(total)
 
     return optax.GradientTransformation(init, update)
@@ -146,7 +146,7 @@ def decays(params: Any) -> Any:
 
 def _row_scale(sum_of_squares: jax.Array, eps: float, like: jax.Array) -> jax.Array:
     scale = jnp.where(sum_of_squares > 0, jax.lax.rsqrt(sum_of_squares + eps), 0.0)
-    return jnp.broadcast_to(scale, like.shape)
+    return jnp.broadcast_to(scale, like.shape).astype(like.dtype)
 
 
 def _decay(cfg: OptimConfig) -> list[optax.GradientTransformation]:
@@ -154,8 +154,8 @@ def _decay(cfg: OptimConfig) -> list[optax.GradientTransformation]:
 
 
 def _check(cfg: OptimConfig) -> None:
-    for name, low, high in (("peak_lr", 0, None), ("table_peak_lr", 0, None), ("warmup_share", 0, 1), ("clip_norm", 0, None),
-                            ("weight_decay", 0, None), ("b1", 0, 1), ("b2", 0, 1), ("eps", 0, None)):
+    at_least_zero = [(name, 0, None) for name in ("peak_lr", "table_peak_lr", "clip_norm", "weight_decay", "eps")]
+    for name, low, high in [*at_least_zero, ("warmup_share", 0, 1), ("b1", 0, 1), ("b2", 0, 1)]:
         value = getattr(cfg, name)
         if not value >= low or (high is not None and value > high):
             span = f"at least {low}" if high is None else f"{low} to {high}"

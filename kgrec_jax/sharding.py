@@ -44,8 +44,8 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list | None = None) -> Me
     elif model == -1:
         model = len(devices) // data
     if data * model != len(devices):
-        raise KgrecError(f"mesh: found data={cfg.data}, model={cfg.model} for {len(devices)} devices, expected a product "
-                         f"of {len(devices)}; change mesh.data or mesh.model")
+        raise KgrecError(f"mesh: found data={cfg.data}, model={cfg.model} for {len(devices)} devices, expected a "
+                         f"product of {len(devices)}; change mesh.data or mesh.model")
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -75,7 +75,7 @@ def shardings(abstract_tree: Any, mesh: Mesh, rules: Rules) -> Any:
             ways = _ways(mesh, axes)
             if size % ways:
                 raise KgrecError(f"sharding rules: {name} has shape {shape}: {size} is not divisible by the {ways} "
-                                 f"devices of axis {axes!r}; pad the table with sharding.padded_rows or change the mesh")
+                                 f"devices of axis {axes!r}; pad the table (sharding.padded_rows) or change the mesh")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of, abstract_tree)
@@ -131,7 +131,7 @@ def put(tree: Any, tree_shardings: Any) -> Any:
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh of `jax.set_mesh` where the code is traced, or None: no mesh, one device, or already inside shard_map."""
+    """The mesh of `jax.set_mesh` where the code is traced, or None: no mesh, one device, or inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(t == AxisType.Manual for t in mesh.axis_types):
         return None
@@ -139,7 +139,7 @@ def active_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` with its dimensions laid over mesh axes (None: not cut). No-op without a mesh or where an axis does not divide."""
+    """`x` with its dimensions laid over mesh axes (None: not cut); as it is without a mesh or where one does not divide."""
     mesh = active_mesh()
     if mesh is None:
         return x

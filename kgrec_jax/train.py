@@ -104,16 +104,16 @@ def fit(
     threads; a finished folder is read and returned without compiling. `constants` (a pytree, placed by `rules` like the
     parameters) reach the loss as an argument and are neither trained nor saved. `evaluate(params)` runs every
     `eval_every` steps (0: only at the end) and after the last. keep="best" returns the parameters with the highest
-    `best_metric` of an evaluation ("-name": the lowest), the earliest of equals; `patience` evaluations in a row without
-    a better one end the run (0: never). All of it happens under `jax.set_mesh(mesh)`.
+    `best_metric` of an evaluation ("-name": the lowest), the earliest of equals; `patience` evaluations in a row
+    without a better one end the run (0: never). All of it happens under `jax.set_mesh(mesh)`.
 
     Raises KgrecError where the loss is not finite or the folder is of another run, Interrupted after Ctrl-C or SIGTERM
     once the state is saved.
     """
     if (keep == "best" or patience) and not (evaluate and best_metric):
         raise KgrecError(f"{label}: keep='best' and patience need evaluate and best_metric; give both")
-    loop = _Loop(workdir=pathlib.Path(workdir), init_fn=init_fn, loss_fn=loss_fn, constants=constants, source=source, tx=tx,
-                 seed=seed, mesh=mesh, rules=rules, log_every=log_every, checkpoint_every=checkpoint_every,
+    loop = _Loop(workdir=pathlib.Path(workdir), init_fn=init_fn, loss_fn=loss_fn, constants=constants, source=source,
+                 tx=tx, seed=seed, mesh=mesh, rules=rules, log_every=log_every, checkpoint_every=checkpoint_every,
                  evaluate=evaluate, eval_every=eval_every, keep=keep, best_metric=best_metric, patience=patience,
                  label=label, tracker=tracker.at(workdir))
     with jax.set_mesh(mesh), Checkpoints(loop.workdir / "checkpoints") as checkpoints, contextlib.closing(loop.tracker):
@@ -212,7 +212,8 @@ class _Loop:
                     checkpoints.save(done, _tree(state), dataclasses.asdict(progress), progress.best_step)
                 if stopping and not progress.stopped:
                     checkpoints.wait()
-                    raise Interrupted(f"{self.label}: stopped at step {done} of {total}; the same command goes on from there")
+                    raise Interrupted(f"{self.label}: stopped at step {done} of {total}; "
+                                      "the same command goes on from there")
         checkpoints.wait()
         return self._result(checkpoints, progress, done, state.params)
 
@@ -225,13 +226,13 @@ class _Loop:
         then = _Progress(**checkpoints.load_meta(latest))
         for name in ("num_steps", "seed"):
             if getattr(then, name) != getattr(now, name):
-                raise KgrecError(f"{self.workdir}: found checkpoints of a run with {name} {getattr(then, name)}, expected "
-                                 f"{getattr(now, name)}; use another folder or the settings it was begun with")
+                raise KgrecError(f"{self.workdir}: found checkpoints of a run with {name} {getattr(then, name)}, "
+                                 f"expected {getattr(now, name)}; use another folder or the settings it was begun with")
         if not then.stopped:
             self.tracker.say(f"{self.label}: goes on after step {latest} of {len(self.source)}")
             if then.devices != now.devices:
-                self.tracker.say(f"{self.label}: begun on {then.devices}, goes on with {now.devices}: the result agrees with "
-                                 "an uninterrupted run's up to rounding, not bit for bit")
+                self.tracker.say(f"{self.label}: begun on {then.devices}, goes on with {now.devices}: the result agrees "
+                                 "with an uninterrupted run's up to rounding, not bit for bit")
         return dataclasses.replace(then, devices=now.devices)
 
     def _init(self, key: jax.Array) -> TrainState:
@@ -261,8 +262,8 @@ class _Loop:
             sums[0] += float(total)
             sums[1] += float(count)
             if name == "loss" and not np.isfinite(total):
-                raise KgrecError(f"{self.label}: found loss {float(total)} at step {step} of {progress.num_steps}, expected a "
-                                 "finite number; lower optim.peak_lr or optim.clip_norm and start in a new folder")
+                raise KgrecError(f"{self.label}: found loss {float(total)} at step {step} of {progress.num_steps}, "
+                                 "expected a finite number; lower optim.peak_lr or optim.clip_norm, in a new folder")
 
     def _log(self, progress: _Progress, step: int, clock: _Clock) -> None:
         row = {name: total / count for name, (total, count) in progress.sums.items() if count}
@@ -279,7 +280,7 @@ class _Loop:
             return False
         name = self.best_metric.removeprefix("-")
         if name not in values:
-            raise KgrecError(f"{self.label}: best_metric {name} is none of the evaluation's {', '.join(sorted(values))}")
+            raise KgrecError(f"{self.label}: found best_metric {name}, expected one of {', '.join(sorted(values))}")
         value = -values[name] if self.best_metric.startswith("-") else values[name]
         if np.isfinite(value) and (progress.best is None or value > progress.best):
             progress.best, progress.best_step, progress.since_best = value, step, 0

@@ -24,7 +24,8 @@ def no_warnings():
 
 def tree():
     return {"encoder": {"layer": {"0": {"kernel": jnp.arange(32.0).reshape(8, 4)}}, "low": jnp.ones(3, jnp.bfloat16)},
-            "relation": np.arange(6, dtype=np.int32), "scale": np.float32(0.1), "list": [jnp.zeros(2), np.ones(1)], "n": 7}
+            "relation": np.arange(6, dtype=np.int32), "scale": np.float32(0.1),
+            "list": [jnp.zeros(2), np.ones(1)], "n": 7}
 
 
 def assert_equal(got, want):
@@ -94,7 +95,8 @@ def test_a_kill_during_a_save_leaves_the_last_whole_one(tmp_path):
         checkpoints.save(5, state, {})
         checkpoints.wait()
         assert checkpoints.latest == 5
-    assert_equal(load_part(tmp_path, {"params": state["params"]}), {"params": state["params"]})  # the folder: its latest
+    part = {"params": state["params"]}
+    assert_equal(load_part(tmp_path, part), part)  # of the whole folder: its latest
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):

@@ -120,6 +120,9 @@ def test_features_against_brute_force():
     length = np.linalg.norm(raw, axis=1, keepdims=True)
     np.testing.assert_allclose(got.toarray(), raw / np.where(length > 0, length, 1), rtol=1e-6)
     assert got.dtype == np.float32
+    plain = graph_features(make_graph(triples, ["by", "wrote", "genre", "sequel"]), 4, unit=False)
+    np.testing.assert_allclose(plain.toarray(), raw, rtol=1e-6)
+    assert plain.dtype == np.float32 and plain.nnz == got.nnz
 
 
 @pytest.mark.parametrize("sound", [True, False])

@@ -9,7 +9,8 @@ import pytest
 from kgrec_jax.data.folder import DataConfig, read_folder
 from kgrec_jax.data.graph import merge_inverse_relations
 from kgrec_jax.data.importers.atomic import read_atomic
-from kgrec_jax.data.importers.recbole import import_recbole, relation_name
+from kgrec_jax.data.importers.recbole import import_recbole
+from kgrec_jax.data.importers.recbole_graph import relation_name
 from kgrec_jax.errors import KgrecError
 
 FILES = {
@@ -96,23 +97,78 @@ def test_interactions_alone_with_other_column_names(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["interactions.tsv"]
 
 
-def test_links_of_another_release_are_noticed(tmp_path):
+@pytest.fixture
+def catalogue(tmp_path):
+    """A function of links (film -> entity of film) and mode: 200 films whose directors stay with one genre, imported."""
     rng = np.random.default_rng(0)
     genre = rng.integers(0, 5, 200)
-    director = genre * 10 + rng.integers(0, 10, 200)  # a director stays with one genre
+    director = genre * 10 + rng.integers(0, 10, 200)
 
-    def notes(links):
-        source = tmp_path / f"source{links[0]}"
+    def make(links, mode, entity="e{}"):
+        source = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
         source.mkdir()
+        names = [entity.format(i) for i in range(200)]
         (source / "a.inter").write_text("user_id:token\titem_id:token\nu\t0\n")
         (source / "a.item").write_text("item_id:token\tclass:token_seq\n" + "".join(f"{i}\tg{genre[i]}\n" for i in range(200)))
-        (source / "a.link").write_text("item_id:token\tentity_id:token\n" + "".join(f"{i}\te{links[i]}\n" for i in range(200)))
+        (source / "a.link").write_text("item_id:token\tentity_id:token\n" + "".join(f"{i}\t{names[links[i]]}\n" for i in range(200)))
         (source / "a.kg").write_text("head_id:token\trelation_id:token\ttail_id:token\n"
-                                     + "".join(f"e{i}\tby\td{director[i]}\n" for i in range(200)))
-        return import_recbole(source, tmp_path / f"out{links[0]}")
+                                     + "".join(f"{names[i]}\tby\td{director[i]}\n" for i in range(200)))
+        notes = import_recbole(source, tmp_path / f"out-{source.name}", links=mode)
+        return notes, read_folder(tmp_path / f"out-{source.name}", DataConfig()).graph
 
-    assert not any("contradicts" in note for note in notes(range(200)))
-    assert any("contradicts the item table" in note for note in notes(rng.permutation(200)))
+    return make
+
+
+def touching_items(graph):
+    """Relations of the triples that have an item at either end."""
+    item = (graph.triples[:, [0, 2]] < graph.num_items).any(1)
+    return {graph.relation_ids[r] for r in graph.triples[item, 1]}
+
+
+def test_links_that_agree_with_the_item_table_join(catalogue):
+    for mode in ("auto", "keep"):
+        notes, graph = catalogue(range(200), mode)
+        assert not any("contradicts" in note for note in notes) and any("200 of 200 items are linked" in n for n in notes)
+        assert touching_items(graph) == {"genre", "by"} and graph.entity_ids[7] == "e7"
+
+
+def test_links_of_another_release_join_nothing(catalogue):
+    wrong = np.random.default_rng(1).permutation(200)
+    notes, graph = catalogue(wrong, "auto")
+    warning = next(note for note in notes if "contradicts the item table" in note)
+    assert "not joined" in warning and "links = keep" in warning and not any("are linked" in note for note in notes)
+    assert touching_items(graph) == {"genre"} and graph.entity_ids[7] == "7"
+    assert len(graph.triples) == 400  # the others are there still, about entities of their own
+    row = {e: k for k, e in enumerate(graph.entity_ids)}
+    assert row["e7"] >= 200 and not graph.entity_names[row["e7"]]
+    notes, graph = catalogue(wrong, "keep")
+    assert any("contradicts" in note and "all the same" in note for note in notes)
+    assert touching_items(graph) == {"genre", "by"} and graph.entity_ids[7] == f"e{wrong[7]}"
+
+
+def test_dropped_links_join_nothing_even_by_equal_ids(catalogue):
+    notes, graph = catalogue(range(200), "drop", entity="{}")  # the entities are called like the items
+    assert any("not used" in note for note in notes) and not any("contradicts" in note for note in notes)
+    assert touching_items(graph) == {"genre"} and graph.entity_ids[7] == "item/7" and "7" in graph.entity_ids[200:]
+
+
+def test_graph_that_would_name_no_item_is_left_out(source, tmp_path):
+    (source / "toy.item").write_text("item_id:token\n007\n2\n3\n")
+    notes = import_recbole(source, tmp_path / "out", links="drop")
+    assert not len(read_folder(tmp_path / "out", DataConfig()).graph.triples)
+    assert any("the graph is left out" in note for note in notes)
+
+
+def test_links_without_an_item_file(source, tmp_path):
+    (source / "toy.item").unlink()
+    import_recbole(source, tmp_path / "out")
+    data = read_folder(tmp_path / "out", DataConfig())
+    assert data.item_ids == ("007", "2") and data.graph.entity_ids[:2] == ("m.01", "m.02") and len(data.graph.triples) == 3
+
+
+def test_unknown_links_mode(source, tmp_path):
+    with pytest.raises(KgrecError, match="links: found 'maybe', expected one of auto, keep, drop"):
+        import_recbole(source, tmp_path / "out", links="maybe")
 
 
 BAD = [
@@ -177,16 +233,19 @@ def wheel_folder():
         pytest.skip(f"needs the wheel recbole==1.2.1 from a package index: {error}")
 
 
-def test_quick_start_data(wheel_folder, tmp_path):
-    notes = import_recbole(wheel_folder, tmp_path / "out")
+@pytest.mark.parametrize("mode", ["auto", "keep"])
+def test_quick_start_data(wheel_folder, tmp_path, mode):
+    notes = import_recbole(wheel_folder, tmp_path / "out", links=mode)
     data = read_folder(tmp_path / "out", DataConfig())
     assert (data.num_users, data.num_items, len(data.interactions)) == (943, 1682, 100_000)
     assert data.item_names[0] == "Toy Story (1995)"
-    assert sum(not name for name in data.graph.entity_names) == 33_030
-    merged, report = merge_inverse_relations(data.graph)
-    assert len(report.merged) == 9 and len(merged.triples) == 77_107
     # Its links carry the ids of a later MovieLens release: 480, 527, 1097, 1198 … are one director's films there.
     assert any("contradicts the item table" in note for note in notes)
+    foreign = touching_items(data.graph) - {"genre", "release_year"}
+    assert not foreign if mode == "auto" else len(foreign) > 10
+    assert sum(not name for name in data.graph.entity_names) == (33_030 if mode == "keep" else 34_628)
+    merged, report = merge_inverse_relations(data.graph)
+    assert len(report.merged) == 9 and len(merged.triples) == 77_107
 
 
 def test_split_of_recbole(wheel_folder, shared, tmp_path):

@@ -52,7 +52,8 @@ def test_the_learning_rate_rises_and_falls(schedule):
 
 
 def test_the_state_tells_the_learning_rate():
-    _, state = steps(make_optimizer(OptimConfig(peak_lr=0.5, warmup_share=0.0, schedule="constant"), 10), params(), params())
+    cfg = OptimConfig(peak_lr=0.5, warmup_share=0.0, schedule="constant")
+    _, state = steps(make_optimizer(cfg, 10), params(), params())
     assert float(optax.tree_utils.tree_get_all_with_path(state, "learning_rate")[0][1]) == 0.5
 
 

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.sharding import (REPLICATED, TABLE, MeshConfig, active_mesh, constrain, make_mesh, padded_rows, put, put_batch,
-                                shardings)
+from kgrec_jax.sharding import (REPLICATED, TABLE, MeshConfig, active_mesh, constrain, make_mesh, padded_rows, put,
+                                put_batch, shardings)
 
 RULES = ((r"entity/embedding$", TABLE), (r"dense/kernel$", P(None, "model")), (r".*", P()))
 
@@ -23,7 +23,8 @@ def test_the_mesh_uses_what_exists(cfg, shape):
 
 @pytest.mark.parametrize("cfg,words", [
     (MeshConfig(3, 1), ("data=3", "8 devices")), (MeshConfig(-1, 3), ("model=3", "8 devices")),
-    (MeshConfig(-1, -1), ("at most one",)), (MeshConfig(0, 8), ("data=0",)), (MeshConfig(-1, 16), ("model=16", "8 devices"))])
+    (MeshConfig(-1, -1), ("at most one",)), (MeshConfig(0, 8), ("data=0",)),
+    (MeshConfig(-1, 16), ("model=16", "8 devices"))])
 def test_a_mesh_that_does_not_fit(cfg, words):
     with pytest.raises(KgrecError) as error:
         make_mesh(cfg)
@@ -44,7 +45,7 @@ def test_first_match_wins_and_moments_follow_their_parameters():
 
 
 @pytest.mark.parametrize("tree,rules,words", [
-    ({"entity": {"embedding": np.zeros((60, 4))}}, RULES, ("entity/embedding", "(60, 4)", "data", "model", "padded_rows")),
+    ({"entity": {"embedding": np.zeros((60, 4))}}, RULES, ("entity/embedding", "(60, 4)", "data", "padded_rows")),
     ({"entity": {"embedding": np.zeros(64)}}, RULES, ("entity/embedding", "(64,)", "2 dimensions")),
     ({"a": np.zeros(3)}, RULES[:1], ("a (3,)", ".*"))])
 def test_rules_that_do_not_fit(tree, rules, words):

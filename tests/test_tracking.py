@@ -94,7 +94,8 @@ def test_quiet_says_nothing_and_still_logs(tmp_path, capsys):
 
 def test_wandb_only_where_it_is_asked_for(tmp_path, monkeypatch):
     calls = []
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)),
+                                finish=lambda: calls.append("finish"))
     fake = types.ModuleType("wandb")
     fake.__spec__ = types.SimpleNamespace(name="wandb")
     fake.init = lambda **kwargs: calls.append(kwargs) or run

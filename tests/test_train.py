@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -21,6 +22,10 @@ from kgrec_jax.tracking import Tracker
 from kgrec_jax.train import fit, stop_on_signal
 
 RULES = ((r"table$", TABLE), (r".*", P()))
+
+
+def interrupted_source():
+    return Source(40, act=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 9 else None)
 
 
 class Source:
@@ -116,7 +121,8 @@ def test_after_kill_9_the_result_is_the_same_bit_for_bit(tmp_path):
     """Twice killed at steps that are neither logged nor saved, once with the compiled step read from the cache."""
     def start(folder, kill):
         tests = os.path.dirname(__file__)
-        env = {**os.environ, "KGREC_CACHE": str(tmp_path / "cache"), "KGREC_NO_COMPILATION_CACHE": "0", "PYTHONPATH": tests}
+        env = {**os.environ, "PYTHONPATH": tests, "KGREC_CACHE": str(tmp_path / "cache"),
+               "KGREC_NO_COMPILATION_CACHE": "0"}
         return subprocess.run([sys.executable, "-c", PROGRAM.format(tests=tests), str(tmp_path / folder), str(kill)],
                               env=env, capture_output=True, text=True, timeout=300)
 
@@ -172,15 +178,15 @@ def test_the_best_evaluation_is_kept_and_patience_ends_the_run(tmp_path):
 
 def test_patience_is_counted_over_a_stop(tmp_path):
     values = iter([0.5, 0.4, 0.3, 0.2])
-    options = dict(evaluate=lambda p: {"loss_": next(values)}, eval_every=4, keep="best", best_metric="loss_", patience=3)
+    options = dict(evaluate=lambda p: {"mrr": next(values)}, eval_every=4, keep="best", best_metric="mrr", patience=3)
     with pytest.raises(Interrupted):
-        train(tmp_path, source=Source(40, act=lambda s: os.kill(os.getpid(), signal.SIGINT) if s == 9 else None), **options)
+        train(tmp_path, source=interrupted_source(), **options)
     done = train(tmp_path, **options)
-    assert (done.stopped, done.steps, done.metrics["loss_"]) == ("patience", 16, 0.5)
+    assert (done.stopped, done.steps, done.metrics["mrr"]) == ("patience", 16, 0.5)
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
-    with pytest.raises(KgrecError, match=r"toy: found loss nan at step 13 of 40, expected a finite number; lower optim.peak"):
+    with pytest.raises(KgrecError, match="toy: found loss nan at step 13 of 40, expected a finite number; lower optim"):
         train(tmp_path, source=Source(40, bad_step=12))
     assert train(tmp_path, checkpoint_every=0).steps == 40  # the last good state is still there
 
@@ -195,7 +201,7 @@ def test_the_mesh_does_not_change_the_result(tmp_path, shape):
 
 def test_another_mesh_on_resume_says_so(tmp_path, capsys):
     with pytest.raises(Interrupted):
-        train(tmp_path, source=Source(40, act=lambda s: os.kill(os.getpid(), signal.SIGINT) if s == 9 else None))
+        train(tmp_path, source=interrupted_source())
     done = train(tmp_path, mesh=make_mesh(MeshConfig(2, 4)), tracker=Tracker(tmp_path))
     assert done.steps == 40
     told = capsys.readouterr().err
@@ -213,8 +219,46 @@ def test_a_folder_of_another_run(tmp_path, change, words):
 def test_best_needs_a_metric(tmp_path):
     with pytest.raises(KgrecError, match="need evaluate and best_metric"):
         train(tmp_path, keep="best")
-    with pytest.raises(KgrecError, match="best_metric recall is none of the evaluation's mrr"):
+    with pytest.raises(KgrecError, match="found best_metric recall, expected one of mrr"):
         train(tmp_path, 4, keep="best", best_metric="recall", evaluate=lambda p: {"mrr": 1.0})
+
+
+TWO_PROCESSES = """
+import os, pathlib, sys
+os.environ.update(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
+import jax
+jax.distributed.initialize(coordinator_address="127.0.0.1:" + sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
+import test_train as t
+from jax.experimental import multihost_utils
+import numpy as np
+done = t.train(pathlib.Path(sys.argv[3]), 20, keep="best", best_metric="x", eval_every=10,
+               evaluate=lambda p: {"x": 1.0})
+table = multihost_utils.process_allgather(done.params["table"], tiled=True)
+if jax.process_index() == 0:
+    np.save(sys.argv[3] + "/table.npy", table)
+"""
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = os.path.dirname(__file__)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(tests), tests])}
+    (tmp_path / "two").mkdir()
+    both = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(i), str(port), str(tmp_path / "two")], env=env,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+    try:
+        told = [process.communicate(timeout=240)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], told
+    one = train(tmp_path / "one", 20, evaluate=lambda p: {"x": 1.0}, eval_every=10, keep="best", best_metric="x")
+    # The earliest of equal evaluations is step 10: read back from a checkpoint that both processes wrote.
+    np.testing.assert_allclose(np.load(tmp_path / "two" / "table.npy"), np.asarray(one.params["table"]), atol=1e-5)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
 
 
 def test_no_steps_at_all(tmp_path):
@@ -227,8 +271,8 @@ def test_given_weights_enter_from_any_device_and_are_not_eaten(tmp_path):
     given = jax.device_put(np.ones((64, 8), np.float32), jax.devices()[3])
     options = dict(workdir=tmp_path, init_fn=lambda key: {"query": given, "table": np.ones((64, 8), np.float32)},
                    loss_fn=loss, constants={"bias": jax.device_put(jnp.zeros(64), jax.devices()[2])}, source=Source(3),
-                   tx=optax.sgd(0.1), seed=0, mesh=make_mesh(MeshConfig()), rules=RULES, log_every=1, checkpoint_every=0,
-                   label="toy", tracker=Tracker(tmp_path, quiet=True))
+                   tx=optax.sgd(0.1), seed=0, mesh=make_mesh(MeshConfig()), rules=RULES, log_every=1,
+                   checkpoint_every=0, label="toy", tracker=Tracker(tmp_path, quiet=True))
     done = fit(**options)
     assert (given == 1).all() and not (np.asarray(done.params["query"]) == 1).all()
 

@@ -1,4 +1,4 @@
-"""The dataset folder: reading with checks, writing. The format is the project's own and what every importer produces."""
+"""The dataset folder, read with checks and written: the project's own format, which every importer produces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from kgrec_jax.data.triples import check_unique, read_graph, triple_files
 from kgrec_jax.errors import KgrecError
 
 _RDF = (".ttl", ".nt", ".rdf", ".trig", ".nq", ".owl")
-_STEMS = ("interactions", *PARTS, "items", "entities", "relations", "triples", *(f"triples.{p}" for p in PARTS), "users")
+_STEMS = ("interactions", *PARTS, "items", "users", "entities", "relations", "triples",
+          *(f"triples.{part}" for part in PARTS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DataConfig:
 
     path: str = ""  # the dataset folder
     name: str = ""  # what to call the data set; "" takes the folder's name
-    text_columns: tuple[str, ...] = ()  # columns of items.tsv that make an item's text, in this order; none: all but the ids
+    text_columns: tuple[str, ...] = ()  # columns of items.tsv that make an item's text, in order; none: all but the ids
     min_rating: float = 0.0  # leave out interactions that are rated lower; 0: every row counts, whatever its rating
     split: SplitConfig = SplitConfig()  # how the interactions are cut into train, valid and test
 
@@ -56,8 +57,8 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     if not (log_files(folder) or triple_files(folder) or find_table(folder, "items")):
         names = sorted(p.name for p in folder.iterdir())[:5]
         rdf = _rdf_notes(folder)
-        raise KgrecError(f"{folder}: found {', '.join(names) or 'nothing'}, expected interactions.tsv, train.tsv and test.tsv, "
-                         f"items.tsv or triples.tsv{'; ' + rdf[0] if rdf else '; see kgrec data import'}")
+        raise KgrecError(f"{folder}: found {', '.join(names) or 'nothing'}, expected interactions.tsv, train.tsv and "
+                         f"test.tsv, items.tsv or triples.tsv{'; ' + rdf[0] if rdf else '; see kgrec data import'}")
     items = _read_items(folder, cfg.text_columns)
     users, user_notes = _read_users(folder)
     log = read_log(folder, users, items.ids, cfg.min_rating)
@@ -70,15 +71,17 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     graph, graph_notes = read_graph(folder, entities, entity_names, texts)
     media = read_media(folder, {item: row for row, item in enumerate(item_ids)})
     notes = (*items.notes, *user_notes, *log.notes, *graph_notes, *_rdf_notes(folder), *_stray_notes(folder))
-    return Dataset(cfg.name or folder.resolve().name, log.user_ids, tuple(item_ids), tuple(item_names), tuple(texts), log.interactions,
-                   log.part, log.has_fixed_split, log.has_fixed_valid, log.has_timestamps, log.has_ratings, graph, media, notes)
+    return Dataset(cfg.name or folder.resolve().name, log.user_ids, tuple(item_ids), tuple(item_names), tuple(texts),
+                   log.interactions, log.part, log.has_fixed_split, log.has_fixed_valid, log.has_timestamps,
+                   log.has_ratings, graph, media, notes)
 
 
 def _read_items(folder: pathlib.Path, text_columns: tuple[str, ...]) -> _Items:
     path = find_table(folder, "items")
     if path is None:
         if text_columns:
-            raise KgrecError(f"data.text_columns: found {', '.join(text_columns)} for {folder}, which has no items.tsv, expected none")
+            raise KgrecError(f"data.text_columns: found {', '.join(text_columns)} for {folder}, which has no "
+                             "items.tsv, expected none")
         return _Items(None, [], [], [], [])
     table = read_table(path, {"item_id": "id"}, {"entity_id": "text"}, rest_as_text=True)
     check_unique(table, "item_id")
@@ -86,9 +89,10 @@ def _read_items(folder: pathlib.Path, text_columns: tuple[str, ...]) -> _Items:
     available = [c for c in table.columns if c not in ("item_id", "entity_id")]
     unknown = [c for c in text_columns if c not in available]
     if unknown:
-        raise KgrecError(f"data.text_columns: found {unknown[0]!r}, expected columns of {path}: {', '.join(available) or 'it has none'}")
+        raise KgrecError(f"data.text_columns: found {unknown[0]!r}, expected columns of {path}: "
+                         f"{', '.join(available) or 'it has none'}")
     # The name leads the text wherever the file puts its column: truncation in an encoder cuts the end.
-    ordered = text_columns or sorted(available, key=lambda c: ("title", "name").index(c) if c in ("title", "name") else 2)
+    ordered = text_columns or sorted(available, key=lambda c: (c != "title", c != "name"))
     texts = join_columns({c: table[c] for c in ordered}, len(ids))
     blank = [""] * len(ids)
     titles, names = table.columns.get("title", blank), table.columns.get("name", blank)
@@ -104,8 +108,9 @@ def _check_entities(table: Table, ids: list[str], entities: list[str]) -> None:
     seen: dict[str, int] = {}
     for row, entity in enumerate(entities):
         if entity in seen:
-            raise KgrecError(f"{table.where(row)}: found the items {ids[seen[entity]]!r} and {ids[row]!r} with the one entity_id {entity!r}, "
-                             f"expected an entity of its own for each; leave the cell of one of them empty")
+            raise KgrecError(f"{table.where(row)}: found the items {ids[seen[entity]]!r} and {ids[row]!r} with the one "
+                             f"entity_id {entity!r}, expected an entity of its own for each; leave the cell of one of "
+                             "them empty")
         seen[entity] = row
 
 
@@ -126,8 +131,8 @@ def _rdf_notes(folder: pathlib.Path) -> list[str]:
 
 def _stray_notes(folder: pathlib.Path) -> list[str]:
     """Tables under a name that the format does not know: often a misspelt one."""
-    stray = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES and p.name.removesuffix(p.suffix) not in _STEMS)
-    return [f"{name}: not read, the format has no table of this name" for name in stray]
+    tables = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
+    return [f"{p.name}: not read, the format has no table of this name" for p in tables if p.stem not in _STEMS]
 
 
 def write_folder(dataset: Dataset, path: pathlib.Path | str) -> None:
@@ -137,7 +142,8 @@ def write_folder(dataset: Dataset, path: pathlib.Path | str) -> None:
     """
     target = pathlib.Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise KgrecError(f"{target}: found something there already, expected a new or empty folder; choose another or remove it")
+        raise KgrecError(f"{target}: found something there already, expected a new or empty folder; choose another or "
+                         "remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f"{target.name}.tmp{os.getpid()}")
     folder.mkdir()

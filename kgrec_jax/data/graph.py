@@ -166,8 +166,8 @@ def neighbours(graph: Graph, num_rows: int) -> Neighbours:
     return Neighbours(indptr.astype(np.int64), relation[: indptr[-1]], tail[: indptr[-1]])
 
 
-def graph_features(graph: Graph, num_items: int, min_items: int = 2) -> sp.csr_matrix:
-    """[I, F] float32: an item's direct neighbours, weighted by idf, each row of unit length (or empty).
+def graph_features(graph: Graph, num_items: int, min_items: int = 2, unit: bool = True) -> sp.csr_matrix:
+    """[I, F] float32: an item's direct neighbours, weighted by idf; with `unit` each row of unit length (or empty).
 
     A neighbour of fewer than `min_items` items brings no two of them together and has no column; nor has one that all
     items share. Other items (a sequel) are neighbours like any other.
@@ -178,7 +178,10 @@ def graph_features(graph: Graph, num_items: int, min_items: int = 2) -> sp.csr_m
     there.data[:] = 1.0  # an entity that is both writer and director counts once
     count = np.bincount(there.indices, minlength=graph.num_entities)
     columns = np.flatnonzero((count >= min_items) & (count < num_items))
-    weighted = there[:, columns] @ sp.diags_array(np.log(num_items / count[columns]).astype(np.float32))
+    idf = np.log(num_items / count[columns]).astype(np.float32)
+    weighted = sp.csr_matrix(there[:, columns] @ sp.diags_array(idf), dtype=np.float32)
+    if not unit:
+        return weighted
     length = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).reshape(-1))
     scale = np.divide(1.0, length, out=np.zeros_like(length), where=length > 0)
     return sp.csr_matrix(sp.diags_array(scale.astype(np.float32)) @ weighted, dtype=np.float32)

@@ -32,7 +32,7 @@ class SplitConfig:
     kind: Literal["auto", "random", "leave-last-out", "time", "cold-items", "fixed"] = "auto"
     seed: int = 0  # of everything that is drawn
     items: str = ""  # cold-items: a file with one item id a line; "" draws the items
-    cold_share: float = 0.0  # share of the items that leaves training (random: besides the cut; cold-items: 0 means 0.1)
+    cold_share: float = 0.0  # share of the items that leaves training (random: beside the cut; cold-items: 0 means 0.1)
     valid_share: float = 0.1  # share of each user's items (time: of all interactions) that chooses hyper-parameters
     test_share: float = 0.1  # share that is measured on
 
@@ -40,11 +40,12 @@ class SplitConfig:
 def make_split(dataset: Dataset, cfg: SplitConfig) -> Split:
     """Cut `dataset.interactions`.
 
-    random: of each user's items `test_share` and `valid_share`, at least one each; users with fewer than three keep all in
-    train. With `cold_share`, that share of the items leaves training first and all its interactions are the test's, and as
-    many other items' are the valid's. leave-last-out: each user's last is the test's, the one before the valid's. time: the
-    same shares, of all interactions by time. cold-items: a given or drawn list is the test, as many others the valid.
-    fixed: the folder's files; without a valid file a share of each user's train rows is cut out, to be given back.
+    random: of each user's items `test_share` and `valid_share`, at least one each; users with fewer than three keep all
+    in train. With `cold_share`, that share of the items leaves training first and all its interactions are the test's,
+    and as many other items' are the valid's. leave-last-out: each user's last is the test's, the one before the
+    valid's. time: the same shares, of all interactions by time. cold-items: a given or drawn list is the test, as many
+    others the valid. fixed: the folder's files; without a valid file a share of each user's train rows is cut out, to
+    be given back.
     """
     kind = cfg.kind if cfg.kind != "auto" else "fixed" if dataset.has_fixed_split else "random"
     _check(dataset, cfg, kind)
@@ -58,7 +59,8 @@ def make_split(dataset: Dataset, cfg: SplitConfig) -> Split:
         part, cold, valid_cold = (_leave_last_out if kind == "leave-last-out" else _by_time)(dataset, cfg), _NONE, _NONE
     train, valid, test = (dataset.interactions.take(part == p) for p in range(3))
     if not len(train):
-        raise KgrecError(f"data.split: found no interaction left to train on in {dataset.name}, expected some; lower the shares")
+        raise KgrecError(f"data.split: found no interaction left to train on in {dataset.name}, expected some; lower "
+                         "the shares")
     if not len(test) and cfg.test_share > 0:
         raise KgrecError(f"data.split: found no interaction to test on in {dataset.name} (kind {kind}), expected some; "
                          f"choose another --data.split.kind")
@@ -71,23 +73,27 @@ _NONE = np.zeros(0, np.int32)
 
 def _check(dataset: Dataset, cfg: SplitConfig, kind: str) -> None:
     if not len(dataset.interactions):
-        raise KgrecError(f"data.split: found no interactions in {dataset.name}, expected interactions.tsv or train.tsv and test.tsv; "
-                         f"only pretrain and graph can run on it")
+        raise KgrecError(f"data.split: found no interactions in {dataset.name}, expected interactions.tsv or train.tsv "
+                         f"and test.tsv; only pretrain and graph can run on it")
     for name in ("cold_share", "valid_share", "test_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise KgrecError(f"data.split.{name}: found {getattr(cfg, name):g}, expected a share from 0 to below 1")
     if cfg.valid_share + cfg.test_share >= 1 or 2 * cfg.cold_share >= 1:
-        raise KgrecError(f"data.split: found valid_share {cfg.valid_share:g}, test_share {cfg.test_share:g} and cold_share "
-                         f"{cfg.cold_share:g}, expected some of the data to be left for training; lower them")
+        raise KgrecError(f"data.split: found valid_share {cfg.valid_share:g}, test_share {cfg.test_share:g} and "
+                         f"cold_share {cfg.cold_share:g}, expected some of the data to be left for training; lower "
+                         "them")
     if cfg.items and kind != "cold-items":
-        raise KgrecError(f"data.split.items: found {cfg.items} for the split {kind}, expected --data.split.kind cold-items with it")
+        raise KgrecError(f"data.split.items: found {cfg.items} for the split {kind}, expected --data.split.kind "
+                         "cold-items with it")
     if cfg.cold_share and kind not in ("random", "cold-items"):
-        raise KgrecError(f"data.split.cold_share: found {cfg.cold_share:g} for the split {kind}, expected 0, or kind random or cold-items")
+        raise KgrecError(f"data.split.cold_share: found {cfg.cold_share:g} for the split {kind}, expected 0, or kind "
+                         "random or cold-items")
     if kind == "fixed" and not dataset.has_fixed_split:
-        raise KgrecError(f"data.split.kind: found fixed for {dataset.name}, which has no train.tsv and test.tsv, expected another kind")
+        raise KgrecError(f"data.split.kind: found fixed for {dataset.name}, which has no train.tsv and test.tsv, "
+                         "expected another kind")
     if kind in ("leave-last-out", "time") and not dataset.has_timestamps:
-        raise KgrecError(f"data.split.kind: found {kind} for {dataset.name}, whose log has no timestamps, expected random or cold-items; "
-                         f"or add a column timestamp")
+        raise KgrecError(f"data.split.kind: found {kind} for {dataset.name}, whose log has no timestamps, expected "
+                         f"random or cold-items; or add a column timestamp")
 
 
 def _rng(cfg: SplitConfig, purpose: int) -> np.random.Generator:
@@ -105,7 +111,8 @@ def _position(user: np.ndarray, order: np.ndarray, num_users: int) -> tuple[np.n
     return position, counts[user]
 
 
-def _cut_users(log: Interactions, num_users: int, order: np.ndarray, num_test: Callable, num_valid: Callable) -> np.ndarray:
+def _cut_users(log: Interactions, num_users: int, order: np.ndarray, num_test: Callable,
+               num_valid: Callable) -> np.ndarray:
     """[n] int8 parts: of each user's rows in `order` the last are the test's, those before them the valid's."""
     position, count = _position(log.user, order, num_users)
     long_enough = count >= _MIN_ROWS
@@ -116,11 +123,14 @@ def _cut_users(log: Interactions, num_users: int, order: np.ndarray, num_test: C
 
 def _share(share: float) -> Callable:
     """Rows of a part as a function of a user's rows: the share rounded down, at least one."""
+    if share == 0:
+        return np.zeros_like
     # The nudge keeps 0.1 * 30 = 3.0000000000000004 and 0.7 * 10 = 6.999999999999999 at what they mean.
-    return lambda count: np.maximum(np.floor(share * count + 1e-9), 1).astype(np.int64) if share > 0 else np.zeros_like(count)
+    return lambda count: np.maximum(np.floor(share * count + 1e-9), 1).astype(np.int64)
 
 
-def _cut_randomly(log: Interactions, num_users: int, cfg: SplitConfig, test_share: float, valid_share: float) -> np.ndarray:
+def _cut_randomly(log: Interactions, num_users: int, cfg: SplitConfig, test_share: float,
+                  valid_share: float) -> np.ndarray:
     order = _rng(cfg, 0).permutation(len(log))
     return _cut_users(log, num_users, order, _share(test_share), _share(valid_share))
 
@@ -161,17 +171,20 @@ def _listed_items(dataset: Dataset, path: pathlib.Path) -> np.ndarray:
     rows = {item: row for row, item in enumerate(dataset.item_ids)}
     ids = read_ids(path)
     header = int(ids[0] == "item_id" and "item_id" not in rows)
+    if len(ids) == header:
+        raise KgrecError(f"{path}: found a header and no item, expected one item id a line; add the cold items")
     for line, item in enumerate(ids[header:], 1 + header):
         if item not in rows:
-            raise KgrecError(f"{path}:{line}: found the item {item!r}, expected an item of {dataset.name}; remove the line")
+            raise KgrecError(f"{path}:{line}: found the item {item!r}, expected an item of {dataset.name}; remove the "
+                             "line")
     return np.array([rows[item] for item in ids[header:]], np.int32)
 
 
 def _leave_last_out(dataset: Dataset, cfg: SplitConfig) -> np.ndarray:
     log = dataset.interactions
     order = np.argsort(log.timestamp, kind="stable")  # equal times: by row
-    one, none = np.ones_like, np.zeros_like
-    return _cut_users(log, dataset.num_users, order, one if cfg.test_share > 0 else none, one if cfg.valid_share > 0 else none)
+    num_test, num_valid = (np.ones_like if share > 0 else np.zeros_like for share in (cfg.test_share, cfg.valid_share))
+    return _cut_users(log, dataset.num_users, order, num_test, num_valid)
 
 
 def _by_time(dataset: Dataset, cfg: SplitConfig) -> np.ndarray:
@@ -196,7 +209,7 @@ def _fixed(dataset: Dataset, cfg: SplitConfig) -> np.ndarray:
 
 
 def save_split(split: Split, dataset: Dataset, path: pathlib.Path | str) -> None:
-    """Freeze a split: {train,valid,test}.tsv with the data set's ids, and split.json with the hashes of both. Atomic."""
+    """Freeze a split, atomically: {train,valid,test}.tsv with the data set's ids, split.json with both hashes."""
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f"{target.name}.tmp{os.getpid()}")
@@ -208,9 +221,11 @@ def save_split(split: Split, dataset: Dataset, path: pathlib.Path | str) -> None
             columns = {"user_id": Coded(rows.user, users), "item_id": Coded(rows.item, items),
                        "rating": rows.rating, "timestamp": rows.timestamp}
             write_tsv(folder / f"{name}.tsv", columns)
-        about = {"format_version": 1, "kind": split.kind, "valid_given": split.valid_given, "split_sha256": split.content_hash(),
-                 "data_sha256": dataset.content_hash(), "interactions": {name: len(rows) for name, rows in parts.items()},
-                 "cold_items": [items[i] for i in split.cold_items], "valid_cold_items": [items[i] for i in split.valid_cold_items]}
+        about = {"format_version": 1, "kind": split.kind, "valid_given": split.valid_given,
+                 "split_sha256": split.content_hash(), "data_sha256": dataset.content_hash(),
+                 "interactions": {name: len(rows) for name, rows in parts.items()},
+                 "cold_items": [items[i] for i in split.cold_items],
+                 "valid_cold_items": [items[i] for i in split.valid_cold_items]}
         (folder / "split.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if target.is_dir():
             raise KgrecError(f"{target}: found a split there already, expected none; remove it to cut anew")
@@ -226,11 +241,11 @@ def load_split(path: pathlib.Path | str, dataset: Dataset) -> Split:
         about = json.loads((folder / "split.json").read_text(encoding="utf-8"))
         data_hash, split_hash, counts = about["data_sha256"], about["split_sha256"], about["interactions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KgrecError(f"{folder / 'split.json'}: found no readable split ({type(error).__name__}), expected what kgrec wrote; "
-                         f"remove the run folder") from None
+        raise KgrecError(f"{folder / 'split.json'}: found no readable split ({type(error).__name__}), expected what "
+                         f"kgrec wrote; remove the run folder") from None
     if data_hash != dataset.content_hash():
-        raise KgrecError(f"{folder / 'split.json'}: found the split of other data than {dataset.name} (its SHA-256 begins {data_hash[:12]}), "
-                         f"expected the same content; use a new run folder")
+        raise KgrecError(f"{folder / 'split.json'}: found the split of other data than {dataset.name} (its SHA-256 "
+                         f"begins {data_hash[:12]}), expected the same content; use a new run folder")
     users = {u: row for row, u in enumerate(dataset.user_ids)}
     items = {i: row for row, i in enumerate(dataset.item_ids)}
     parts = {n: _load_part(folder / f"{n}.tsv", users, items) if counts[n] else Interactions.empty() for n in PARTS}
@@ -238,8 +253,9 @@ def load_split(path: pathlib.Path | str, dataset: Dataset) -> Split:
                   np.array([items[i] for i in about["cold_items"]], np.int32),
                   np.array([items[i] for i in about["valid_cold_items"]], np.int32))
     if split.content_hash() != split_hash:
-        raise KgrecError(f"{folder}: found a split that was changed after it was frozen (SHA-256 {split.content_hash()[:12]}, "
-                         f"expected {split_hash[:12]}); remove the run folder, or restore its files")
+        raise KgrecError(f"{folder}: found a split that was changed after it was frozen (SHA-256 "
+                         f"{split.content_hash()[:12]}, expected {split_hash[:12]}); remove the run folder, or restore "
+                         "its files")
     return split
 
 

@@ -1,4 +1,4 @@
-"""Reading the log of interactions: `interactions`, or `train`, `valid` and `test` where the split comes with the data."""
+"""Reading the log: `interactions`, or `train`, `valid` and `test` where the split comes with the data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def log_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     fixed = {part: path for part in PARTS if (path := find_table(folder, part))}
     if single and fixed:
         names = ", ".join(p.name for p in fixed.values())
-        raise KgrecError(f"{folder}: found both {single.name} and {names}, expected one log or one fixed split; move one away")
+        raise KgrecError(f"{folder}: found both {single.name} and {names}, expected one log or one fixed split; move "
+                         "one away")
     if fixed and not {"train", "test"} <= set(fixed):
         names = ", ".join(p.name for p in fixed.values())
         raise KgrecError(f"{folder}: found {names} alone, expected train and test together; "
@@ -46,9 +47,10 @@ def log_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | None, min_rating: float) -> Log:
     """Read, check and deduplicate the log.
 
-    `user_ids` are the rows that users.tsv gives; others are added behind them. `item_ids` are the rows of items.tsv, and any
-    other item is an error; None: the items are those of the log. A pair that stands twice in one file counts once: the
-    latest timestamp, without timestamps the last row. The same pair in two parts of a fixed split is an error.
+    `user_ids` are the rows that users.tsv gives; others are added behind them. `item_ids` are the rows of items.tsv,
+    and any other item is an error; None: the items are those of the log. A pair that stands twice in one file counts
+    once: the latest timestamp, without timestamps the last row. The same pair in two parts of a fixed split is an
+    error.
     """
     files = log_files(folder)
     users = {u: row for row, u in enumerate(user_ids)}
@@ -62,7 +64,8 @@ def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | No
                          f"expected 0; leave --data.min-rating away")
     notes, rows, parts = [], [], []
     for part, table in tables.items():
-        log = _rows(table, users, items, closed=item_ids is not None, has_timestamps=has_timestamps, has_ratings=has_ratings)
+        log = _rows(table, users, items, closed=item_ids is not None, has_timestamps=has_timestamps,
+                    has_ratings=has_ratings)
         keep = _latest(log, max(len(items), 1), has_timestamps)
         if not keep.all():
             notes.append(f"{table.path.name}: {int((~keep).sum()):,} rows repeat a pair of user and item; "
@@ -70,7 +73,8 @@ def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | No
         if min_rating:
             low = keep & (log.rating < min_rating)
             keep &= ~low
-            notes.append(f"{table.path.name}: {int(low.sum()):,} of {len(log):,} rows are rated under {min_rating:g} and left out")
+            notes.append(f"{table.path.name}: {int(low.sum()):,} of {len(log):,} rows are rated under {min_rating:g} "
+                         "and left out")
         if table.ignored:
             notes.append(f"{table.path.name}: columns not used: {', '.join(table.ignored)}")
         rows.append(log.take(keep))
@@ -78,12 +82,14 @@ def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | No
     interactions = Interactions.concatenate(rows) if rows else Interactions.empty()
     part = np.concatenate(parts) if parts else np.zeros(0, np.int8)
     if tables and not len(interactions):
-        raise KgrecError(f"data.min_rating: found no interaction rated {min_rating:g} or more in {folder}; lower --data.min-rating")
+        raise KgrecError(f"data.min_rating: found no interaction rated {min_rating:g} or more in {folder}; lower "
+                         "--data.min-rating")
     if len(tables) > 1:
         _check_disjoint(tables, interactions, part, list(users), list(items))
     added = len(users) - len(user_ids)
     if user_ids and added:
-        notes.append(f"users: {added:,} users of the log are not in the user table (first: {list(users)[len(user_ids)]}); added")
+        notes.append(f"users: {added:,} users of the log are not in the user table (first: "
+                     f"{list(users)[len(user_ids)]}); added")
     return Log(interactions, part, tuple(users), tuple(items), "test" in tables, "valid" in tables, has_timestamps,
                has_ratings, tuple(notes))
 
@@ -96,8 +102,8 @@ def _rows(table: Table, users: dict[str, int], items: dict[str, int], *, closed:
         unknown = [n for n, value in enumerate(item.values) if value not in items]
         if unknown:
             row = int(np.argmax(item.codes == unknown[0]))
-            raise KgrecError(f"{table.where(row)}: found the item {item.values[unknown[0]]!r} ({len(unknown):,} such items), expected "
-                             f"an item of the item table; add it there, or remove the item table")
+            raise KgrecError(f"{table.where(row)}: found the item {item.values[unknown[0]]!r} ({len(unknown):,} such "
+                             f"items), expected an item of the item table; add it there, or remove the item table")
     n = table.num_rows
     return Interactions(_globalise(user, users), _globalise(item, items),
                         table["rating"].astype(np.float32) if has_ratings else np.ones(n, np.float32),
@@ -121,7 +127,8 @@ def _latest(log: Interactions, num_items: int, has_timestamps: bool) -> np.ndarr
     return keep
 
 
-def _check_disjoint(tables: dict[str, Table], log: Interactions, part: np.ndarray, users: list[str], items: list[str]) -> None:
+def _check_disjoint(tables: dict[str, Table], log: Interactions, part: np.ndarray, users: list[str],
+                    items: list[str]) -> None:
     key = log.user.astype(np.int64) * len(items) + log.item
     order = np.argsort(key, kind="stable")
     same = np.flatnonzero(key[order[1:]] == key[order[:-1]])
@@ -132,5 +139,6 @@ def _check_disjoint(tables: dict[str, Table], log: Interactions, part: np.ndarra
     table = tables[PARTS[part[second]]]
     row = int(np.argmax((table["user_id"].codes == table["user_id"].values.index(user))
                         & (table["item_id"].codes == table["item_id"].values.index(item))))
-    raise KgrecError(f"{table.where(row)}: found user {user!r} with item {item!r}, which {tables[PARTS[part[first]]].path.name} has too "
-                     f"({len(same):,} such pairs), expected each pair in one part; remove it from one of them")
+    raise KgrecError(f"{table.where(row)}: found user {user!r} with item {item!r}, which "
+                     f"{tables[PARTS[part[first]]].path.name} has too ({len(same):,} such pairs), expected each pair "
+                     "in one part; remove it from one of them")

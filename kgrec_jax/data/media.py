@@ -24,7 +24,8 @@ def read_ids(path: pathlib.Path) -> list[str]:
         if not identifier:
             raise KgrecError(f"{path}:{number}: found an empty line, expected one item id a line; remove it")
         if identifier in seen:
-            raise KgrecError(f"{path}:{number}: found {identifier!r}, which stands on line {seen[identifier]} too, expected each id once")
+            raise KgrecError(f"{path}:{number}: found {identifier!r}, which stands on line {seen[identifier]} too, "
+                             "expected each id once")
         seen[identifier] = number
     return lines
 
@@ -41,18 +42,22 @@ def read_media(folder: pathlib.Path, items: Mapping[str, int]) -> dict[str, tupl
             raise KgrecError(f"{path}: found something that is not a NumPy array ({str(error).splitlines()[0]}), "
                              f"expected [n, d] float16 or float32; write it with numpy.save") from None
         if vectors.ndim != 2 or vectors.dtype.kind != "f":
-            raise KgrecError(f"{path}: found an array {list(vectors.shape)} of {vectors.dtype}, expected [n, d] float16 or float32")
+            raise KgrecError(f"{path}: found an array {list(vectors.shape)} of {vectors.dtype}, expected [n, d] "
+                             "float16 or float32")
         if len(vectors) != len(ids):
-            raise KgrecError(f"{path}: found {len(vectors):,} vectors and {len(ids):,} ids in {ids_path.name}, expected as many of each")
+            raise KgrecError(f"{path}: found {len(vectors):,} vectors and {len(ids):,} ids in {ids_path.name}, "
+                             "expected as many of each")
         unknown = next((n for n, i in enumerate(ids) if i not in items), None)
         if unknown is not None:
-            raise KgrecError(f"{ids_path}:{unknown + 1}: found the item {ids[unknown]!r}, expected an item of the data set; remove its row")
+            raise KgrecError(f"{ids_path}:{unknown + 1}: found the item {ids[unknown]!r}, expected an item of the data "
+                             "set; remove its row")
         rows = np.array([items[i] for i in ids], np.int64)
         values = np.zeros((len(items), vectors.shape[1]), np.float32)
         values[rows] = vectors
         bad = np.flatnonzero(~np.isfinite(values[rows]).all(1))
         if len(bad):
-            raise KgrecError(f"{path}: found NaN or infinity in vector {bad[0]} (item {ids[bad[0]]!r}), expected finite numbers")
+            raise KgrecError(f"{path}: found NaN or infinity in vector {bad[0]} (item {ids[bad[0]]!r}), expected "
+                             "finite numbers")
         present = np.zeros(len(items), bool)
         present[rows] = True
         media[path.stem] = (values, present)

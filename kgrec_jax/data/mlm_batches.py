@@ -62,9 +62,8 @@ class MaskedTexts:
             hidden = np.sort(rng.choice(len(window), count, replace=False)) + 1
             positions[row, :count], targets[row, :count], weights[row, :count] = hidden, input_ids[row, hidden], 1
             kind = rng.random(count)
-            random_ids = rng.integers(self.tokenizer.vocab_size, size=count)
-            shown = np.where(kind < 0.8, self.tokenizer.mask_id, np.where(kind < 0.9, random_ids, input_ids[row, hidden]))
-            input_ids[row, hidden] = shown
+            other = np.where(kind < 0.9, rng.integers(self.tokenizer.vocab_size, size=count), input_ids[row, hidden])
+            input_ids[row, hidden] = np.where(kind < 0.8, self.tokenizer.mask_id, other)
         return MaskedBatch(input_ids, mask, positions, targets, weights)
 
     def _texts(self, step: int) -> np.ndarray:

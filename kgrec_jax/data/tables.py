@@ -73,11 +73,11 @@ def read_table(path: pathlib.Path, required: Mapping[str, Kind], optional: Mappi
                rest_as_text: bool = False) -> Table:
     """Read the named columns; with `rest_as_text` all other columns too.
 
-    Errors name file and line: missing or doubled columns, rows of another width, bytes that are not UTF-8, identifiers that
-    are empty, numbers that are not finite, files without rows.
+    Errors name file and line: missing or doubled columns, rows of another width, bytes that are not UTF-8,
+    identifiers that are empty, numbers that are not finite, files without rows.
     """
     path = pathlib.Path(path)
-    header = _header(path)
+    header = read_header(path)
     doubled = sorted({c for c in header if header.count(c) > 1})
     if doubled:
         raise KgrecError(f"{path}:1: found the column {doubled[0]} twice, expected each once; rename one of them")
@@ -91,13 +91,14 @@ def read_table(path: pathlib.Path, required: Mapping[str, Kind], optional: Mappi
         kinds |= {c: "text" for c in header if c not in kinds}
     table = _read_parquet(path, kinds) if path.suffix == ".parquet" else _read_delimited(path, header, kinds)
     if table.num_rows == 0:
-        raise KgrecError(f"{path}: found a header and no rows, expected at least one; remove the file if there is nothing to say")
+        raise KgrecError(f"{path}: found a header and no rows, expected at least one; remove the file if there is "
+                         "nothing to say")
     columns = {name: _to_numpy(path, name, kind, table.column(name)) for name, kind in kinds.items()}
     return Table(path, columns, table.num_rows, tuple(c for c in header if c not in kinds))
 
 
 def write_tsv(path: pathlib.Path, columns: Mapping[str, Coded | Sequence[str] | np.ndarray]) -> None:
-    """Write columns as `.tsv`; tabs and line ends inside a value become one space. Atomic: temporary name, then rename."""
+    """Write columns as `.tsv`; tabs and line ends inside a value become one space. Appears complete or not at all."""
     arrays = [_to_arrow(column) for column in columns.values()]
     rows = pc.binary_join_element_wise(*arrays, "\t") if arrays else pa.array([], pa.string())
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
@@ -118,17 +119,19 @@ def _to_arrow(column: Coded | Sequence[str] | np.ndarray) -> pa.Array:
     return pc.replace_substring_regex(array, r"[\t\r\n]+", " ")
 
 
-def _header(path: pathlib.Path) -> list[str]:
+def read_header(path: pathlib.Path) -> list[str]:
     """Column names; also where missing and empty files and foreign encodings are told apart."""
     if not path.is_file():
         raise KgrecError(f"{path}: found no such file, expected a table; check the path")
     if path.stat().st_size == 0:
-        raise KgrecError(f"{path}: found an empty file, expected a header and rows; remove it if there is nothing to say")
+        raise KgrecError(f"{path}: found an empty file, expected a header and rows; remove it if there is nothing to "
+                         "say")
     if path.suffix == ".parquet":
         try:
             return list(pa.parquet.read_schema(path).names)
         except (pa.ArrowInvalid, OSError) as error:
-            raise KgrecError(f"{path}: found something that is not Parquet ({_first_line(error)}), expected a Parquet file") from None
+            raise KgrecError(f"{path}: found something that is not Parquet ({_first_line(error)}), expected a Parquet "
+                             "file") from None
     with open(path, "rb") as file:
         start = file.read(4)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -144,10 +147,12 @@ def _header(path: pathlib.Path) -> list[str]:
 
 def _read_delimited(path: pathlib.Path, header: list[str], kinds: Mapping[str, Kind]) -> pa.Table:
     quoted = path.suffix == ".csv"
-    parse = pa.csv.ParseOptions(delimiter="," if quoted else "\t", quote_char='"' if quoted else False, double_quote=quoted,
-                                escape_char=False, newlines_in_values=quoted)
+    parse = pa.csv.ParseOptions(delimiter="," if quoted else "\t", quote_char='"' if quoted else False,
+                                double_quote=quoted, escape_char=False, newlines_in_values=quoted)
     read = pa.csv.ReadOptions(block_size=1 << 24)
-    types = {"id": pa.dictionary(pa.int32(), pa.string()), "text": pa.string(), "float": pa.float64(), "int": pa.int64()}
+    if quoted:
+        _check_quotes(path)
+    types = {"id": pa.dictionary(pa.int32(), pa.string()), "text": pa.string(), "float": pa.float64()}
     for int_type in (pa.int64(), pa.float64()):  # some tools write timestamps as 881250949.0
         wanted = {c: int_type if k == "int" else types[k] for c, k in kinds.items()}
         convert = pa.csv.ConvertOptions(column_types=wanted, include_columns=list(kinds), strings_can_be_null=False)
@@ -162,7 +167,8 @@ def _read_parquet(path: pathlib.Path, kinds: Mapping[str, Kind]) -> pa.Table:
     try:
         table = pa.parquet.read_table(path, columns=list(kinds), partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        raise KgrecError(f"{path}: found damaged Parquet ({_first_line(error)}), expected a readable file; write it again") from None
+        raise KgrecError(f"{path}: found damaged Parquet ({_first_line(error)}), expected a readable file; write it "
+                         "again") from None
     columns = {c: _cast(path, c, kind, table.column(c)) for c, kind in kinds.items()}
     return pa.table(columns)
 
@@ -172,20 +178,23 @@ def _cast(path: pathlib.Path, name: str, kind: Kind, column: pa.ChunkedArray) ->
     kind_type = {"id": pa.string(), "text": pa.string(), "float": pa.float64(), "int": pa.int64()}[kind]
     source = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if kind == "id" and not (pa.types.is_integer(source) or _is_string(source)):
-        raise KgrecError(f"{path}: found the column {name} as {source}, expected strings or integers; ids are never fractions")
+        raise KgrecError(f"{path}: found the column {name} as {source}, expected strings or integers; ids are never "
+                         "fractions")
     try:
         if pa.types.is_dictionary(column.type):
             column = column.cast(source)
         if pa.types.is_list(source) or pa.types.is_large_list(source):
             # null elements do not occur in practice; a null list is an empty text
-            return pa.chunked_array([pc.binary_join(c.cast(pa.list_(pa.string())), ", ") for c in column.chunks], pa.string())
+            joined = [pc.binary_join(chunk.cast(pa.list_(pa.string())), ", ") for chunk in column.chunks]
+            return pa.chunked_array(joined, pa.string())
         if pa.types.is_timestamp(source):
             column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
         elif kind == "int" and pa.types.is_floating(source):
             column = pc.floor(column)
         column = column.cast(kind_type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise KgrecError(f"{path}: found the column {name} as {source}, expected {_EXPECTED[kind]} ({_first_line(error)})") from None
+        raise KgrecError(f"{path}: found the column {name} as {source}, expected {_EXPECTED[kind]} "
+                         f"({_first_line(error)})") from None
     return column.dictionary_encode() if kind == "id" else column
 
 
@@ -213,24 +222,43 @@ def _to_numpy(path: pathlib.Path, name: str, kind: Kind, column: pa.ChunkedArray
     bad = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(0, bool)
     if bad.any():
         row = int(np.argmax(bad))
-        raise _cell_error(path, row, name, "an empty cell or NaN" if np.isnan(array[row]) else "an infinite number", kind)
+        found = "an empty cell or NaN" if np.isnan(array[row]) else "an infinite number"
+        raise _cell_error(path, row, name, found, kind)
     if kind == "int":
         return array if array.dtype == np.int64 else np.floor(array).astype(np.int64)
     return array.astype(np.float64, copy=False)
 
 
 def _cell_error(path: pathlib.Path, row: int, name: str, found: str, kind: Kind) -> KgrecError:
-    return KgrecError(f"{_where(path, row)}: found {found} in the column {name}, expected {_EXPECTED[kind]}; correct or remove the row")
+    return KgrecError(f"{_where(path, row)}: found {found} in the column {name}, expected {_EXPECTED[kind]}; correct "
+                      "or remove the row")
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of every line, the header's first; invalid bytes come out as lone surrogates."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="" if path.suffix == ".csv" else None) as file:
+def _check_quotes(path: pathlib.Path) -> None:
+    """An error where a quote is never closed: pyarrow takes the rest of the file for one value without a word."""
+    with open(path, "rb") as file:
+        count = sum(block.count(b'"') for block in iter(lambda: file.read(1 << 24), b""))
+    if count % 2:
+        for _ in _lines(path, strict=True):
+            pass
+
+
+def _lines(path: pathlib.Path, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of every line, the header's first; invalid bytes come out as lone surrogates.
+
+    `strict` makes an error of a quoted value without end.
+    """
+    newline = "" if path.suffix == ".csv" else None
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
         if path.suffix == ".csv":
-            reader, line = csv.reader(file), 1
-            for fields in reader:
-                yield line, fields
-                line = reader.line_num + 1
+            reader, line = csv.reader(file, strict=strict), 1
+            try:
+                for fields in reader:
+                    yield line, fields
+                    line = reader.line_num + 1
+            except csv.Error:  # a quote that is never closed swallows lines up to the end or to the reader's limit
+                raise KgrecError(f"{path}:{line}: found a value that does not end, expected a closing quote; "
+                                 f"check the quotes") from None
         else:
             for number, text in enumerate(file, 1):
                 yield number, text.rstrip("\n").split("\t")
@@ -268,8 +296,8 @@ def _diagnose(path: pathlib.Path, header: list[str], kinds: Mapping[str, Kind], 
             return _encoding_error(path, line)
         if len(fields) != len(header):
             what = "the quotes around a value" if path.suffix == ".csv" else "tabs inside a value"
-            return KgrecError(f"{path}:{line}: found {len(fields)} field{'s' * (len(fields) != 1)}, expected {len(header)} "
-                              f"({', '.join(header)}); check {what}")
+            return KgrecError(f"{path}:{line}: found {len(fields)} field{'s' * (len(fields) != 1)}, expected "
+                              f"{len(header)} ({', '.join(header)}); check {what}")
         for index, name in number.items():
             try:
                 float(fields[index] or "nan")

@@ -158,14 +158,22 @@ def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 
         raise KgrecError("WordPiece: found no text, expected at least one text to learn a vocabulary from")
     if vocab_size <= len(SPECIAL_TOKENS):
         raise KgrecError(f"WordPiece: vocab_size: found {vocab_size}, expected more than {len(SPECIAL_TOKENS)}")
-    backend = Backend(models.WordPiece(unk_token="[UNK]"))
     bert = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False,
                                       lowercase=lower_case)
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), bert])
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer = normalizers.Sequence([normalizers.NFC(), bert])
+    splitter = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers the inner characters in the order of a hash table, and ties go by number: naming them
+    # beforehand, as special tokens, makes it deterministic. A second tokenizer then gets the vocabulary without them.
+    words_of = (word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    inner = sorted({"##" + char for word in set(words_of) for char in word[1:]})
+    learner = Backend(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalizer, splitter
+    learner.train_from_iterator(texts, trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *inner], show_progress=False))
+    vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda pair: pair[1]))
+    backend = Backend(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
-    backend.train_from_iterator(texts, trainer)
     cls, sep = (backend.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -211,8 +219,9 @@ def char_ngrams(text: str, low: int = 2, high: int = 4) -> list[str]:
     return out
 
 
-def _tfidf_rows(counts: list[collections.Counter], vocabulary: dict[str, int], idf: np.ndarray) -> sp.csr_matrix:
-    """Rows of (1 + log count) · idf, unit length; terms outside the vocabulary are left out."""
+def _tfidf_rows(counts: list[collections.Counter], vocabulary: dict[str, int], idf: np.ndarray,
+                unit: bool = True) -> sp.csr_matrix:
+    """Rows of (1 + log count) · idf, of unit length unless `unit` is False; unknown terms are left out."""
     columns, values, starts = [], [], [0]
     for counter in counts:
         row = sorted((vocabulary[term], count) for term, count in counter.items() if term in vocabulary)
@@ -222,6 +231,8 @@ def _tfidf_rows(counts: list[collections.Counter], vocabulary: dict[str, int], i
     columns = np.array(columns, np.int32)
     data = (1 + np.log(np.array(values, np.float32))) * idf[columns] if len(columns) else np.zeros(0, np.float32)
     out = sp.csr_matrix((data.astype(np.float32), columns, np.array(starts)), shape=(len(counts), len(vocabulary)))
+    if not unit:
+        return out
     length = np.sqrt(np.asarray(out.multiply(out).sum(1)).ravel())
     return sp.csr_matrix(sp.diags_array(1 / np.where(length > 0, length, 1)).astype(np.float32) @ out)
 
@@ -231,16 +242,20 @@ def _fit_terms(counts: list[collections.Counter], min_df: int, max_terms: int) -
     document_frequency = collections.Counter()
     for counter in counts:
         document_frequency.update(counter.keys())
-    frequent = sorted((t for t, df in document_frequency.items() if df >= min_df), key=lambda t: (-document_frequency[t], t))
+    enough = [term for term, df in document_frequency.items() if df >= min_df]
+    frequent = sorted(enough, key=lambda term: (-document_frequency[term], term))
     vocabulary = {term: i for i, term in enumerate(sorted(frequent[:max_terms]))}
     df = np.array([document_frequency[term] for term in vocabulary], np.float64)
     return vocabulary, (np.log((1 + len(counts)) / (1 + df)) + 1).astype(np.float32)
 
 
-def tfidf_words(texts: Sequence[str], min_df: int = 2, max_terms: int = 50_000) -> sp.csr_matrix:
-    """Word TF-IDF [n, F] float32 with rows of unit length (zero where a text has no known word)."""
+def tfidf_words(texts: Sequence[str], min_df: int = 2, max_terms: int = 50_000, unit: bool = True) -> sp.csr_matrix:
+    """Word TF-IDF [n, F] float32, (1 + log count) · idf; a row is zero where a text has no known word.
+
+    With `unit` every other row has unit length; without, a text of more and rarer words has a longer row.
+    """
     counts = [collections.Counter(words(text)) for text in texts]
-    return _tfidf_rows(counts, *_fit_terms(counts, min_df, max_terms))
+    return _tfidf_rows(counts, *_fit_terms(counts, min_df, max_terms), unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +278,8 @@ class TfidfSvd:
         """Writes one .npz file."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.npz")
-        np.savez(temporary, terms=np.array(list(self.vocabulary), dtype=np.str_), idf=self.idf, components=self.components)
+        terms = np.array(list(self.vocabulary), dtype=np.str_)
+        np.savez(temporary, terms=terms, idf=self.idf, components=self.components)
         os.replace(temporary, path)
 
     @staticmethod
@@ -286,12 +302,12 @@ def fit_tfidf_svd(texts: Sequence[str], dim: int, seed: int, max_terms: int = 50
         width = min(rank + 10, *matrix.shape)
         basis = matrix @ np.random.default_rng(seed).standard_normal((matrix.shape[1], width)).astype(np.float32)
         for _ in range(4):
-            basis = np.linalg.qr(basis)[0]
-            basis = matrix @ np.linalg.qr(matrix.T @ basis)[0]
-        basis = np.linalg.qr(basis)[0]  # [n, width]
-        _, values, right = np.linalg.svd((matrix.T @ basis).T, full_matrices=False)
-        kept = int((values[:rank] > 1e-5 * max(values[0], 1e-30)).sum())
-        components[:, :kept] = right[:kept].T
+            basis = matrix @ (matrix.T @ np.linalg.qr(basis)[0])
+        wide = (matrix.T @ np.linalg.qr(basis)[0]).astype(np.float64)  # [F, width]
+        squares, rotation = np.linalg.eigh(wide.T @ wide)  # ascending; far cheaper than the SVD of the tall matrix
+        values = np.sqrt(np.maximum(squares[::-1][:rank], 0))
+        kept = int((values > 1e-5 * max(values[0], 1e-30)).sum())
+        components[:, :kept] = wide @ rotation[:, ::-1][:, :kept] / values[:kept]
     return TfidfSvd(vocabulary, idf, components)
 
 

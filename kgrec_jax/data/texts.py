@@ -10,8 +10,11 @@ _STOPS = ".!?…。！？"
 
 
 def separator(text: str) -> str:
-    """What stands between a text and the next one."""
-    return " " if text[-1:] in _STOPS else ". "
+    """What stands between a text and the next one; Chinese and Japanese have a full stop of their own."""
+    last = text[-1:]
+    if last in _STOPS:
+        return " "
+    return "。" if "\u3040" <= last <= "\u9fff" else ". "
 
 
 def join_columns(columns: Mapping[str, Sequence[str]], num_rows: int) -> list[str]:
@@ -32,4 +35,5 @@ def split_title(name: str, text: str) -> str | None:
     if text == name:
         return ""
     start = name + separator(name)
-    return text[len(start):] if name and text.startswith(start) and text[len(start):].strip() == text[len(start):] else None
+    rest = text[len(start):]
+    return rest if name and text.startswith(start) and rest.strip() == rest else None

@@ -23,16 +23,20 @@ def triple_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     fixed = {part: path for part in PARTS if (path := find_table(folder, f"triples.{part}"))}
     if single and fixed:
         names = ", ".join(p.name for p in fixed.values())
-        raise KgrecError(f"{folder}: found both {single.name} and {names}, expected one graph or one fixed split; move one away")
+        raise KgrecError(f"{folder}: found both {single.name} and {names}, expected one graph or one fixed split; move "
+                         "one away")
     if fixed and "train" not in fixed:
-        raise KgrecError(f"{folder}: found {', '.join(p.name for p in fixed.values())} alone, expected triples.train too; "
-                         f"name a graph without a split triples.tsv")
+        raise KgrecError(f"{folder}: found {', '.join(p.name for p in fixed.values())} alone, expected triples.train "
+                         f"too; name a graph without a split triples.tsv")
     return {"train": single} if single else fixed
 
 
 def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: Sequence[str],
                item_texts: Sequence[str]) -> tuple[Graph, list[str]]:
-    """The graph and counted warnings. Entities: the items in their order, then entities.tsv's, then those of triples alone."""
+    """The graph and counted warnings.
+
+    Entities: the items in their order, then entities.tsv's, then those of triples alone.
+    """
     notes: list[str] = []
     rows = {e: row for row, e in enumerate(item_entities)}
     num_items = len(rows)
@@ -43,27 +47,29 @@ def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: S
     triples, part = _read_triples(tables, rows, relations, notes)
     unlisted = list(rows)[len(names):]
     if unlisted and listed:
-        notes.append(f"entities: {len(unlisted):,} entities of the triples are not in the entity table (first: {unlisted[0]}); "
-                     f"their names come from their ids")
+        notes.append(f"entities: {len(unlisted):,} entities of the triples are not in the entity table (first: "
+                     f"{unlisted[0]}); their names come from their ids")
     names += [name_from_id(e) for e in unlisted]
     texts += [""] * len(unlisted)
     if num_items and len(triples) and not (triples[:, [0, 2]] < num_items).any():
         table = tables["train"]
         raise KgrecError(f"{table.path}: found {len(triples):,} triples and no item in any of them (such as head "
-                         f"{table['head_id'].values[0]!r}), expected items by their entity_id (such as {item_entities[0]!r}); "
-                         f"correct the column entity_id of the item table")
-    for n, (table_part, table) in enumerate(tables.items()):
+                         f"{table['head_id'].values[0]!r}), expected items by their entity_id (such as "
+                         f"{item_entities[0]!r}); correct the column entity_id of the item table")
+    for table in tables.values():
         if table.ignored:
             notes.append(f"{table.path.name}: columns not used: {', '.join(table.ignored)}")
     unnamed = sum(not name for name in names[num_items:])
     if unnamed:
-        notes.append(f"entities: {unnamed:,} of {len(names) - num_items:,} have no name; each is known by its vector alone")
-    graph = Graph(tuple(rows), tuple(names), tuple(texts), tuple(relations), tuple(_relation_names(folder, relations, notes)),
-                  triples, num_items, part)
+        notes.append(f"entities: {unnamed:,} of {len(names) - num_items:,} have no name; each is known by its vector "
+                     "alone")
+    relation_names = tuple(_relation_names(folder, relations, notes))
+    graph = Graph(tuple(rows), tuple(names), tuple(texts), tuple(relations), relation_names, triples, num_items, part)
     return graph, notes
 
 
-def _read_entities(folder: pathlib.Path, rows: dict[str, int], names: list[str], texts: list[str], notes: list[str]) -> bool:
+def _read_entities(folder: pathlib.Path, rows: dict[str, int], names: list[str], texts: list[str],
+                   notes: list[str]) -> bool:
     """Append the entities of the entity table to `rows`, `names` and `texts`; whether there is such a table."""
     path = find_table(folder, "entities")
     if path is None:
@@ -107,7 +113,7 @@ def _read_triples(tables: dict[str, Table], rows: dict[str, int], relations: dic
 
 
 def _sorted(triples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[T] an order that brings equal triples together, the first row first; [T] whether each then repeats the one before."""
+    """[T] an order that brings equal triples together, first row first; [T] whether each repeats the one before."""
     order = np.lexsort(triples.T)
     ordered = triples[order]
     repeats = np.zeros(len(order), bool)
@@ -123,8 +129,9 @@ def _check_disjoint(tables: dict[str, Table], triples: np.ndarray, part: np.ndar
     head, relation, tail = triples[order[np.argmax(repeats)]]
     where = np.flatnonzero((triples == [head, relation, tail]).all(1))
     files = " and ".join(tables[PARTS[p]].path.name for p in part[where])
-    raise KgrecError(f"{tables['train'].path.parent}: found the triple ({entities[head]}, {relations[relation]}, {entities[tail]}) in {files} "
-                     f"({int(repeats.sum()):,} such triples), expected each in one part; remove it from one of them")
+    raise KgrecError(f"{tables['train'].path.parent}: found the triple ({entities[head]}, {relations[relation]}, "
+                     f"{entities[tail]}) in {files} ({int(repeats.sum()):,} such triples), expected each in one part; "
+                     "remove it from one of them")
 
 
 def _relation_names(folder: pathlib.Path, relations: dict[str, int], notes: list[str]) -> list[str]:
@@ -136,8 +143,8 @@ def _relation_names(folder: pathlib.Path, relations: dict[str, int], notes: list
         given = dict(zip(table["relation"].strings(), table["name"], strict=True))
         missing = [r for r in relations if r not in given]
         if missing:
-            notes.append(f"{path.name}: {len(missing):,} relations of the triples are not listed (first: {missing[0]}); "
-                         f"their names come from their ids")
+            notes.append(f"{path.name}: {len(missing):,} relations of the triples are not listed (first: "
+                         f"{missing[0]}); their names come from their ids")
     return [given.get(r, "").strip() or relation_name(r) for r in relations]
 
 
@@ -149,5 +156,5 @@ def check_unique(table: Table, column: str) -> None:
     _, first = np.unique(codes, return_index=True)
     row = int(np.setdiff1d(np.arange(len(codes)), first)[0])
     earlier = int(np.argmax(codes == codes[row]))
-    raise KgrecError(f"{table.where(row)}: found the {column} {table[column].values[codes[row]]!r} a second time (first: "
-                     f"{table.where(earlier).rsplit('/', 1)[-1]}), expected each once; remove or rename one")
+    raise KgrecError(f"{table.where(row)}: found the {column} {table[column].values[codes[row]]!r} a second time "
+                     f"(first: {table.where(earlier).rsplit('/', 1)[-1]}), expected each once; remove or rename one")

@@ -73,7 +73,8 @@ class BertConfig:
             if not isinstance(value, str) and value < lowest:
                 raise KgrecError(f"config.json: {field.name}: found {value!r}, expected at least {lowest}")
         if self.hidden_act not in ACTIVATIONS:
-            raise KgrecError(f"config.json: hidden_act: found {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+            raise KgrecError(f"config.json: hidden_act: found {self.hidden_act!r}, expected one of "
+                             f"{', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise KgrecError(f"config.json: num_attention_heads: found {self.num_attention_heads}, expected a divisor "
                              f"of hidden_size {self.hidden_size}")

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2022): low-rank adapters beside frozen kernels, merged before a checkpoint crosses to another stage."""
+"""LoRA (Hu et al. 2022): low-rank adapters beside frozen kernels, merged before a checkpoint crosses a stage."""
 
 from __future__ import annotations
 

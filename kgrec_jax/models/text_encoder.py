@@ -53,7 +53,7 @@ def encode_texts(encoder: Encoder, params: dict, tokenizer: Tokenizer, texts: Se
     ids = tokenizer.encode([texts[row] for row in rows], max_length)
     lengths = np.array([len(tokens) for tokens in ids], np.int64)
     order = np.argsort(-lengths, kind="stable")  # longest first: running out of memory shows at once
-    bounds = [min(MIN_LENGTH << k, max_length) for k in range(max_length.bit_length()) if MIN_LENGTH << k < 2 * max_length]
+    bounds = [MIN_LENGTH << k for k in range(16) if MIN_LENGTH << k < max_length] + [max_length]
     bucket = np.searchsorted(bounds, lengths)
     for k in reversed(range(len(bounds))):
         members = order[bucket[order] == k]

@@ -45,7 +45,8 @@ class Encoder:
         """Masked-LM logits [B, L, vocab]; an error where `params` has no head."""
         if "cls" not in params:
             raise KgrecError(f"{self.tokenizer_folder}: found an encoder without a masked-LM head (no cls.predictions "
-                             "weights), expected one; train a head with `kgrec pretrain` or use a BertForMaskedLM checkpoint")
+                             "weights), expected one; train a head with `kgrec pretrain` or use a BertForMaskedLM "
+                             "checkpoint")
         hidden = self.hidden_states(params, input_ids, attention_mask, token_type_ids)[-1]
         return bert.mlm_logits(self.config, params, hidden, jnp.dtype(self.dtype))
 

@@ -73,9 +73,8 @@ class Corpus:
 def texts_of(dataset: Dataset) -> list[str]:
     """Every distinct non-empty text of items and entities, in order. Interactions have no part in it."""
     graph = dataset.graph
-    entities = [f"{name}. {text}" if name else text
-                for name, text in zip(graph.entity_names[graph.num_items:], graph.entity_texts[graph.num_items:], strict=True)
-                if text.strip()]
+    others = zip(graph.entity_names[graph.num_items:], graph.entity_texts[graph.num_items:], strict=True)
+    entities = [f"{name}. {text}" if name else text for name, text in others if text.strip()]
     return list(dict.fromkeys(text for text in [*dataset.item_texts, *entities] if text.strip()))
 
 
@@ -121,8 +120,8 @@ def merge(cfg: Config, params: dict, encoder: dict) -> dict:
 def loss(config: bert.BertConfig, weights: dict, batch: MaskedBatch, key: jax.Array) -> tuple[jax.Array, dict]:
     """Mean cross-entropy of the hidden tokens (with dropout), and its (sum, count)."""
     queries, bias = _queries(config, weights, batch, key)
-    targets = batch.targets.reshape(-1)
-    each = losses.table_cross_entropy(queries, bert.word_table(weights), targets, weights=batch.weights.reshape(-1), bias=bias)
+    each = losses.table_cross_entropy(queries, bert.word_table(weights), batch.targets.reshape(-1),
+                                      weights=batch.weights.reshape(-1), bias=bias)
     count = batch.weights.sum()
     return each.sum() / jnp.maximum(count, 1.0), {"mlm_loss": (each.sum(), count)}
 
@@ -152,7 +151,7 @@ def _score(config, weights, batch):
     queries, bias = _queries(config, weights, batch)
     logits = queries @ bert.word_table(weights).T + bias[None]  # [B M, vocab]
     targets, counts = batch.targets.reshape(-1), batch.weights.reshape(-1)
-    right = (jnp.argmax(logits, axis=-1) == targets) * counts
+    right = jnp.where(jnp.argmax(logits, axis=-1) == targets, counts, 0.0)
     each = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jnp.stack([right.sum(), (each * counts).sum(), counts.sum()])
 
@@ -183,14 +182,16 @@ def run(experiment: Any, run: Any) -> dict:
     known = coverage(tokenizer, texts)
     figures = {"texts": len(texts), "coverage": dataclasses.asdict(known)}
     if known.reason:
-        return {"skipped": f"{known.reason}: the text part uses character n-grams instead", "text_fallback": True, **figures}
-    _check_length(cfg, encoder.config)
+        reason = f"{known.reason}: the text part uses character n-grams instead"
+        return {"skipped": reason, "text_fallback": True, **figures}
+    _check(cfg, encoder.config)
     corpus = make_corpus(cfg, texts, tokenizer, experiment.seed)
     plan = make_plan(cfg, len(corpus.train), encoder.has_mlm_head)
     trained = _Training(cfg, encoder, tokenizer, corpus, plan, experiment.seed, run).both()
     folder = run.stage("pretrain")
     checkpoint.save_tree(folder / "encoder", trained.pop("weights"))
-    write_json(folder / "encoder.json", {"format_version": 1, "source": experiment.encoder, "config": encoder.config.to_hf()})
+    about = {"format_version": 1, "source": experiment.encoder, "config": encoder.config.to_hf()}
+    write_json(folder / "encoder.json", about)
     return {**figures, "head_steps": plan.head_steps, "steps": plan.steps, **trained}
 
 
@@ -206,11 +207,13 @@ def stage_encoder(experiment: Any, run: Any) -> Encoder:
     return dataclasses.replace(encoder, params=weights, has_mlm_head=True)
 
 
-def _check_length(cfg: Config, config: bert.BertConfig) -> None:
-    if not 3 <= cfg.length <= config.max_position_embeddings:
-        raise KgrecError(f"pretrain.length: found {cfg.length}, expected 3 to the encoder's {config.max_position_embeddings} positions")
-    if not 0 < cfg.mask_share < 1:
-        raise KgrecError(f"pretrain.mask_share: found {cfg.mask_share}, expected a share between 0 and 1")
+def _check(cfg: Config, config: bert.BertConfig) -> None:
+    bounds = {"length": (3, config.max_position_embeddings), "lora_rank": (1, config.hidden_size),
+              "batch": (1, 1 << 20), "mask_share": (1e-6, 0.99), "valid_share": (0.0, 0.9)}
+    for name, (low, high) in bounds.items():
+        value = getattr(cfg, name)
+        if not low <= value <= high:
+            raise KgrecError(f"pretrain.{name}: found {value}, expected {low} to {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +262,8 @@ class _Training:
     def batches(self, ids: tuple, num_steps: int, stream: int, cover: bool = False) -> MaskedTexts:
         """Batches over `ids`; `stream` keeps the trainings from seeing the same ones."""
         cfg = self.cfg
-        return MaskedTexts(ids, self.tokenizer, num_steps, cfg.batch, cfg.length, cfg.mask_share, (self.seed, stream), cover)
+        return MaskedTexts(ids, self.tokenizer, num_steps, cfg.batch, cfg.length, cfg.mask_share, (self.seed, stream),
+                           cover)
 
     def fit(self, name: str, num_steps: int, optim: OptimConfig, backbone: dict, *, init_fn: Callable,
             join: Callable[[dict, dict], dict]) -> train.FitResult:
@@ -274,8 +278,9 @@ class _Training:
 
         return train.fit(
             workdir=run.stage("pretrain") / name, init_fn=init_fn, loss_fn=loss_fn, constants=backbone,
-            source=self.batches(self.corpus.train, num_steps, stream), tx=make_optimizer(optim, num_steps), seed=self.seed,
-            mesh=run.mesh, rules=bert.BERT_RULES, log_every=self.cfg.log_every, checkpoint_every=self.cfg.checkpoint_every,
+            source=self.batches(self.corpus.train, num_steps, stream), tx=make_optimizer(optim, num_steps),
+            seed=self.seed, mesh=run.mesh, rules=bert.BERT_RULES, log_every=self.cfg.log_every,
+            checkpoint_every=self.cfg.checkpoint_every,
             evaluate=lambda params: evaluate(config, joined(params, backbone), heldout, run.mesh),
             label=f"pretrain ({name})", tracker=run.tracker)
 

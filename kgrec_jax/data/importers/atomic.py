@@ -48,3 +48,22 @@ def read_atomic(path: Path, *, log: bool = False) -> Atomic:
     ids = {f"{name}:{kind}": "id" for name, kind in types.items() if log and kind == "token"}
     table = read_table(path, ids, rest_as_text=True)
     return Atomic(path, {name: table[f"{name}:{kind}"] for name, kind in types.items()}, types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A row of the .item file, its columns by what they mean."""
+
+    id: str
+    title: str
+    year: str
+    genres: tuple[str, ...]
+    extra: dict[str, str]
+
+
+def find_atomic(source: Path, suffix: str) -> Path | None:
+    """The file NAME.suffix of the folder, None without one; KgrecError where there are several."""
+    found = sorted(p for p in source.iterdir() if p.name.endswith(suffix) and p.name.count(".") == 1)
+    if len(found) > 1:
+        raise KgrecError(f"{source}: found {', '.join(p.name for p in found)}, expected one {suffix} file")
+    return found[0] if found else None
