@@ -102,7 +102,7 @@ def sampled_cross_entropy(
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(Σ mask·values, Σ mask) in float32: a mean that adds up over batches and devices. A NaN under 0 does not count."""
+    """(Σ mask·values, Σ mask) in float32: a mean that adds up over batches. A NaN under 0 does not count."""
     mask = mask.astype(jnp.float32)
     return jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0).sum(), mask.sum()
 

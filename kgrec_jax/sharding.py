@@ -139,7 +139,7 @@ def active_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` with its dimensions laid over mesh axes (None: not cut); as it is without a mesh or where one does not divide."""
+    """`x` with its dimensions laid over mesh axes (None: not cut); unchanged without a mesh or if one does not fit."""
     mesh = active_mesh()
     if mesh is None:
         return x

@@ -231,8 +231,8 @@ class _Loop:
         if not then.stopped:
             self.tracker.say(f"{self.label}: goes on after step {latest} of {len(self.source)}")
             if then.devices != now.devices:
-                self.tracker.say(f"{self.label}: begun on {then.devices}, goes on with {now.devices}: the result agrees "
-                                 "with an uninterrupted run's up to rounding, not bit for bit")
+                self.tracker.say(f"{self.label}: begun on {then.devices}, goes on with {now.devices}: the result "
+                                 "agrees with an uninterrupted run's up to rounding, not bit for bit")
         return dataclasses.replace(then, devices=now.devices)
 
     def _init(self, key: jax.Array) -> TrainState:

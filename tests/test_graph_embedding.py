@@ -23,7 +23,8 @@ def _tables(model, spread=0.7):
     tables = model.init(jax.random.key(0))
     noise = np.random.default_rng(1).normal(size=(model.entity_rows, D)).astype(np.float32) * spread
     relation = np.random.default_rng(2).normal(size=(2 * R, D)).astype(np.float32) * spread
-    return {"entity": {"embedding": tables["entity"]["embedding"] + noise}, "relation": {"embedding": jnp.asarray(relation)}}
+    return {"entity": {"embedding": tables["entity"]["embedding"] + noise},
+            "relation": {"embedding": jnp.asarray(relation)}}
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -110,8 +110,9 @@ def test_learns_what_can_be_known(world, tmp_path, encoder_folder):
     graph, _ = stage.training_graph(world.graph)
     data = stage.link_data(cfg, graph, 3)
     model = stage.make_model(cfg, graph, 8)
-    untrained = stage.evaluate(model, model.init(jax.random.key(0)), data, 2)
-    assert results["link_prediction"]["tail/mrr"] > 3 * untrained["tail/mrr"]
+    # The test triples are few: chance is the mean of several fresh tables.
+    chance = np.mean([stage.evaluate(model, model.init(jax.random.key(k)), data, 2)["tail/mrr"] for k in range(5)])
+    assert results["link_prediction"]["tail/mrr"] > 3 * chance
     # Genres and directors of the toy world are drawn at random: that an answer is one of its kind is all there is to know.
     assert results["link_prediction"]["tail/mrr"] > 0.15
     assert results["structure"]["link_loss"] < 0.6 * np.log(graph.num_entities)
@@ -142,8 +143,9 @@ def test_goes_on_bit_for_bit_after_a_break(world, tmp_path, encoder_folder, fini
         with pytest.raises(RuntimeError, match="the power is gone"):
             train(tmp_path, world, encoder_folder)
     assert not (tmp_path / "graph" / "tables").exists()
-    results, run = train(tmp_path, world, encoder_folder)
-    assert any("goes on after step 5" in line for line in run.lines)
+    saved = {int(p.name) for p in (tmp_path / "graph" / broken_at / "checkpoints").iterdir() if p.name.isdigit()}
+    assert saved == {5}
+    results, _ = train(tmp_path, world, encoder_folder)
     path, expected = finished
     assert_same(left(tmp_path), left(path))
     assert results["link_prediction"] == expected["link_prediction"]

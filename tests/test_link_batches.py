@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kgrec_jax.data.link_batches import LinkBatch, LinkSource, TextLinkSource, TripleWords, encode_queries, hold_out, merge_queries
+from kgrec_jax.data.link_batches import (LinkBatch, LinkSource, TextLinkSource, TripleWords, encode_queries, hold_out,
+                                         merge_queries)
 
 N, R = 40, 3
 
@@ -61,7 +62,8 @@ def test_an_epoch_shows_every_row_once_and_batches_depend_on_seed_and_step_alone
     assert (source[0].head != source[steps].head).any()
 
 
-WORDS = TripleWords([[11, 12], [], [13, 14, 15, 16, 17, 18, 19]], [[30], [31, 32]], cls=1, sep=2, mask=3, pad=0, vocab_size=50)
+WORDS = TripleWords([[11, 12], [], [13, 14, 15, 16, 17, 18, 19]], [[30], [31, 32]], cls=1, sep=2, mask=3, pad=0,
+                    vocab_size=50)
 
 
 def _batch(head, relation):
@@ -103,7 +105,8 @@ def test_masked_words_are_words_and_withheld_vectors_are_not_read():
         for row in range(8):
             sentence, soft, hidden, places = WORDS.sentence(batch.links.head[row], batch.links.relation[row], 16)
             assert batch.attention_mask[row].sum() == len(sentence) - off[row]
-            for p, target, w in zip(batch.word_positions[row], batch.word_targets[row], batch.word_weight[row], strict=True):
+            slots = batch.word_positions[row], batch.word_targets[row], batch.word_weight[row]
+            for p, target, w in zip(*slots, strict=True):
                 if w:
                     assert p in places and target == sentence[p] and not padding[row]
                     masked += batch.input_ids[row, p] == WORDS.mask

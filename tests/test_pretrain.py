@@ -83,6 +83,7 @@ def test_a_run_cut_between_the_trainings_ends_the_same(experiment, finished, tmp
 
 def test_eight_devices_agree_with_one(experiment, finished, tmp_path):
     run, results = finished
+    shutil.copytree(run.path / "pretrain" / "head", tmp_path / "pretrain" / "head")
     figures = pretrain.run(experiment, Run(tmp_path, run.dataset, data=8))["heldout"]
     # Dropout draws the same bits on every mesh; what differs is the order of sums.
     assert figures["perplexity"] == pytest.approx(results["heldout"]["perplexity"], rel=1e-4)

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def one_by_one(encoder, tokenizer, max_length):
     for i, text in enumerate(TEXTS):
         if text.strip():
             ids = jnp.asarray(tokenizer.encode([text], max_length), jnp.int32)
-            states = encoder.hidden_states(encoder.params, ids, jnp.ones_like(ids), jnp.zeros_like(ids))
+            states = jax.jit(encoder.hidden_states)(encoder.params, ids, jnp.ones_like(ids), jnp.zeros_like(ids))
             mean = np.asarray(states[-1][0]).mean(0)
             out[i] = mean / np.linalg.norm(mean)
     return out

@@ -12,7 +12,7 @@ from kgrec_jax.models.triple_encoder import TRIPLE_ENCODER_RULES, TripleEncoder
 from kgrec_jax.sharding import MeshConfig, make_mesh, shardings
 
 N, R, D, ROWS = 21, 3, 8, 64
-CONFIG = bert.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+CONFIG = bert.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                          max_position_embeddings=24)
 # Every third entity has no name.
 WORDS = TripleWords([[] if e % 3 == 0 else [5 + e, 6 + e] for e in range(N)], [[30], [31, 32], [33]], cls=1, sep=2, mask=3,
@@ -54,7 +54,8 @@ def test_withheld_vectors_are_not_read_and_others_are(encoder, batch):
     model, tables = make()
     params = model.init(tables, encoder, jax.random.key(0))
     other = {**params, "tables": make(seed=5)[1]}
-    queries = lambda p: np.asarray(model.queries(p, model.hidden(p, encoder, batch), batch))  # noqa: E731
+    jitted = jax.jit(lambda p: model.queries(p, model.hidden(p, encoder, batch), batch))
+    queries = lambda p: np.asarray(jitted(p))  # noqa: E731
     moved = np.abs(queries(params) - queries(other)).max(1)
     withheld = batch.soft_position[:, 0] < 0
     assert withheld.any() and not moved[withheld].any() and (moved[~withheld] > 1e-6).all()
@@ -65,7 +66,7 @@ def test_padding_does_not_matter(encoder):
     params = model.init(tables, encoder, jax.random.key(0))
     links = LinkBatch(np.array([1, 3, 4]), np.array([0, 4, 2]), np.zeros((3, 1), np.int32), np.ones((3, 1), np.float32),
                       np.zeros(0, np.int32))
-    short, long = (model.scores(params, encoder, encode_queries(links, WORDS, length)) for length in (10, 20))
+    short, long = (jax.jit(model.scores)(params, encoder, encode_queries(links, WORDS, length)) for length in (10, 20))
     np.testing.assert_allclose(short, long, atol=1e-5)
 
 
@@ -73,8 +74,8 @@ def test_padding_does_not_matter(encoder):
 def test_link_losses_are_a_softmax_over_the_scores_of_every_entity(encoder, batch, scorer):
     model, tables = make(scorer)
     params = model.init(tables, encoder, jax.random.key(0))
-    scores = np.asarray(model.scores(params, encoder, batch), np.float64)[:, :N]
-    hidden = model.hidden(params, encoder, batch)
+    scores = np.asarray(jax.jit(model.scores)(params, encoder, batch), np.float64)[:, :N]
+    hidden = jax.jit(model.hidden)(params, encoder, batch)
     if scorer == "transe":  # −|q/2 − t|² up to what is the same for every entity
         query = np.asarray(model.queries(params, hidden, batch), np.float64)
         rows = np.asarray(tables["entity"]["embedding"], np.float64)[:N]
@@ -89,7 +90,7 @@ def test_link_losses_are_a_softmax_over_the_scores_of_every_entity(encoder, batc
 def test_word_loss_counts_masked_words_alone(encoder, batch):
     model, tables = make()
     params = model.init(tables, encoder, jax.random.key(0))
-    hidden = model.hidden(params, encoder, batch)
+    hidden = jax.jit(model.hidden)(params, encoder, batch)
     total, count = model.word_loss(encoder, hidden, batch)
     log_p = np.asarray(jax.nn.log_softmax(bert.mlm_logits(CONFIG, encoder, hidden)), np.float64)  # [B, L, vocab]
     expected = [-w * log_p[b, p, t] for b in range(len(log_p)) for p, t, w in
@@ -107,7 +108,7 @@ def test_the_text_loss_teaches_tables_bridge_and_encoder(encoder, batch, mode):
         weights = model.merged_encoder(params, encoder)
         return model.link_losses(params, model.hidden(params, weights, batch), batch).sum()
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     size = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))  # noqa: E731
     read = batch.soft_position[:, 0] >= 0
     relation = np.asarray(grads["tables"]["relation"]["embedding"])

@@ -42,14 +42,16 @@ class KnownTails:
         both = np.unique(add_inverses(triples, num_relations).astype(np.int64), axis=0)
         pairs = both[:, 0] * (2 * num_relations) + both[:, 1]
         keys, first = np.unique(pairs, return_index=True)
-        return KnownTails(keys, np.append(first, len(both)).astype(np.int64), both[:, 2].astype(np.int32), num_relations)
+        starts = np.append(first, len(both)).astype(np.int64)
+        return KnownTails(keys, starts, both[:, 2].astype(np.int32), num_relations)
 
     def pairs(self, heads: np.ndarray, relations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(row [n], tail [n]): every known tail of each query row; a query without any has no row."""
         wanted = heads.astype(np.int64) * (2 * self.num_relations) + relations
-        place = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
-        found = self.keys[place] == wanted if len(self.keys) else np.zeros(len(wanted), bool)
-        counts = np.where(found, self.starts[place + 1] - self.starts[place], 0) if len(self.keys) else found.astype(int)
+        if not len(self.keys):
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        counts = np.where(self.keys[place] == wanted, self.starts[place + 1] - self.starts[place], 0)
         rows = np.repeat(np.arange(len(wanted)), counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return rows.astype(np.int32), self.tails[np.repeat(self.starts[place], counts) + within]
@@ -116,7 +118,7 @@ def evaluate_link_prediction(score_block: ScoreBlock, triples: np.ndarray, *, kn
         raise KgrecError("link prediction: found no triple to rank, expected at least one; raise graph.test_share")
     high = triples.max(axis=0)
     if triples.min() < 0 or max(high[0], high[2]) >= num_entities or high[1] >= known.num_relations:
-        raise KgrecError(f"link prediction: found a triple with the ids {tuple(int(x) for x in high)}, expected entities "
+        raise KgrecError(f"link prediction: found ids up to {tuple(int(x) for x in high)} in a triple, expected entities "
                          f"below {num_entities} and relations below {known.num_relations}")
     both = add_inverses(triples, known.num_relations)
     ranks = rank_tails(score_block, both[:, 0], both[:, 1], both[:, 2], known=known, num_entities=num_entities,

@@ -52,8 +52,9 @@ class TripleEncoder:
         h, r = self.graph.rows(params["tables"], batch.links.head, batch.links.relation)
         soft = graph_embedding.soft_tokens(params["bridge"], h, r)  # [B, 1, width]
         ids = jnp.asarray(batch.input_ids)
-        return bert.Bert(self.encoder).apply({"params": encoder}, ids, jnp.asarray(batch.attention_mask), jnp.zeros_like(ids),
-                                             soft, jnp.asarray(batch.soft_position))[-1]
+        mask, soft_position = jnp.asarray(batch.attention_mask), jnp.asarray(batch.soft_position)
+        return bert.Bert(self.encoder).apply({"params": encoder}, ids, mask, jnp.zeros_like(ids), soft,
+                                             soft_position)[-1]
 
     def queries(self, params: dict, hidden: jax.Array, batch: TextLinkBatch) -> jax.Array:
         """Queries [B, D] against V of the outputs at the hidden entity."""

@@ -53,7 +53,7 @@ class Config:
     epochs: int = 30  # passes over the distinct queries where `steps` is 0 and time allows
     batch: int = 512  # queries of a structure step
     tails: int = 16  # answers of one row; a query with more takes several rows
-    rivals: Literal["auto", "all", "sampled"] = "auto"  # what an answer is compared with; auto: all of up to 8192 entities
+    rivals: Literal["auto", "all", "sampled"] = "auto"  # of an answer; auto: all of up to 8192 entities
     candidates: int = 2048  # entities drawn a step where rivals are sampled
     n3: float = 0.02  # weight of the nuclear 3-norm of the rows in use
     optim: OptimConfig = OptimConfig(name="adagrad", peak_lr=0.1, schedule="constant", warmup_share=0.0, clip_norm=0.0)
@@ -158,7 +158,8 @@ def text_loss(cfg: Config, model: TripleEncoder, has_head: bool, params: dict, c
     loss, metrics = loss + text / count, metrics | {"text_link_loss": (text, count)}
     if has_head and cfg.mlm_weight:
         words, masked = model.word_loss(encoder, hidden, batch)
-        loss, metrics = loss + cfg.mlm_weight * words / jnp.maximum(masked, 1.0), metrics | {"mlm_loss": (words, masked)}
+        loss = loss + cfg.mlm_weight * words / jnp.maximum(masked, 1.0)
+        metrics = metrics | {"mlm_loss": (words, masked)}
     return loss, metrics
 
 
@@ -190,7 +191,7 @@ def evaluate(model: GraphEmbedding, tables: dict, data: LinkData, part: int) -> 
 
 def evaluate_text(cfg: Config, model: TripleEncoder, params: dict, encoder: dict, words: TripleWords, data: LinkData,
                   length: int, *, use_vectors: bool, seed: int) -> dict[str, float]:
-    """Filtered metrics of the queries in words on at most `text_eval` test triples, with or without the heads' vectors."""
+    """Filtered metrics of the queries in words on at most `text_eval` test triples; `use_vectors`: of their heads."""
     triples = data.triples(2)
     if len(triples) > cfg.text_eval:
         chosen = np.random.default_rng([seed, 31]).permutation(len(triples))[:cfg.text_eval]
@@ -204,7 +205,8 @@ def evaluate_text(cfg: Config, model: TripleEncoder, params: dict, encoder: dict
         links = LinkBatch(heads, relations, nothing, nothing.astype(np.float32), np.zeros(0, np.int32))
         return score(params, merged, encode_queries(links, words, length, withhold=0.0 if use_vectors else 1.0))
 
-    return evaluate_link_prediction(score_block, triples, known=data.known, num_entities=model.graph.num_entities, block=64)
+    return evaluate_link_prediction(score_block, triples, known=data.known, num_entities=model.graph.num_entities,
+                                    block=64)
 
 
 def entity_words(graph: Graph, with_text: bool) -> list[str]:
@@ -226,8 +228,8 @@ def triple_words(cfg: Config, graph: Graph, tokenizer: Tokenizer) -> TripleWords
             out[row] = tokens
         return out
 
-    return TripleWords(encode(entity_words(graph, cfg.entity_words == "name-and-text")), encode(list(graph.relation_names)),
-                       cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id, pad=tokenizer.pad_id,
+    entities = encode(entity_words(graph, cfg.entity_words == "name-and-text"))
+    return TripleWords(entities, encode(list(graph.relation_names)), cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id, pad=tokenizer.pad_id,
                        vocab_size=tokenizer.vocab_size)
 
 
@@ -235,7 +237,7 @@ def run(experiment: Any, run: Any) -> dict:
     """Trains tables and encoder on the data set's graph; leaves `tables`, `tables.json` and, with text, `encoder`.
 
     `tables` holds entity [N, D] and relation [2R, D] (row r + R: the inverse of r) of `training_graph(dataset.graph)`,
-    and the bridge of the text training. Returns the stage's results, {"skipped": reason} for a data set without a graph.
+    and the bridge of the text training. Returns the stage's results, {"skipped": reason} where there is no graph.
     """
     cfg, folder = experiment.graph, run.stage("graph")
     _check(cfg)
@@ -264,13 +266,13 @@ def _train_structure(cfg: Config, model: GraphEmbedding, data: LinkData, run: An
     plan = make_plan(cfg, len(data.rows), model.num_entities)
     against = f"{plan.candidates:,} drawn" if plan.candidates else f"all {model.num_entities:,}"
     counts = {name: int((data.part == k).sum()) for k, name in enumerate(("train", "valid", "test"))}
-    run.tracker.say(f"graph: {counts['train']:,} triples as {len(data.rows):,} queries, {counts['valid'] + counts['test']:,} held "
-                    f"out; {plan.steps:,} steps of {cfg.batch} against {against} entities, about {plan.seconds:.0f} s")
+    run.tracker.say(f"graph: {counts['train']:,} triples as {len(data.rows):,} queries, "
+                    f"{counts['valid'] + counts['test']:,} held out; {plan.steps:,} steps of {cfg.batch} against {against} entities, about {plan.seconds:.0f} s")
     source = LinkSource(data.rows, batch=cfg.batch, steps=plan.steps, seed=seed, num_entities=model.num_entities,
                         candidates=plan.candidates)
     fitted = train.fit(
-        workdir=run.stage("graph") / "structure", init_fn=model.init, source=source, constants={}, seed=seed, mesh=run.mesh,
-        loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch), rules=GRAPH_RULES,
+        workdir=run.stage("graph") / "structure", init_fn=model.init, source=source, constants={}, seed=seed,
+        mesh=run.mesh, loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch), rules=GRAPH_RULES,
         tx=structure_optimizer(cfg, plan.steps), log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
         label="graph structure", tracker=run.tracker)
     results = {"entities": model.num_entities, "relations": model.num_relations, "triples": counts,
@@ -280,8 +282,9 @@ def _train_structure(cfg: Config, model: GraphEmbedding, data: LinkData, run: An
     return fitted.params, results
 
 
-def _train_text(experiment: Any, run: Any, model: GraphEmbedding, data: LinkData, tables: dict) -> tuple[dict, dict, dict]:
-    """(tables, bridge, results) of the text training; the given tables and a reason where there is no encoder for it."""
+def _train_text(experiment: Any, run: Any, model: GraphEmbedding, data: LinkData,
+                tables: dict) -> tuple[dict, dict, dict]:
+    """(tables, bridge, results) of the text training; the given tables and a reason where no encoder reads the names."""
     cfg, seed = experiment.graph, experiment.seed
     encoder = pretrain.stage_encoder(experiment, run)
     tokenizer = load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
@@ -303,9 +306,10 @@ def _train_text(experiment: Any, run: Any, model: GraphEmbedding, data: LinkData
     fitted = train.fit(
         workdir=run.stage("graph") / "text", init_fn=lambda key: text.init(tables, encoder.params, key), source=source,
         constants={"encoder": {} if cfg.encoder_mode == "full" else encoder.params}, seed=seed + 1, mesh=run.mesh,
-        loss_fn=lambda params, constants, batch, key: text_loss(cfg, text, encoder.has_mlm_head, params, constants, batch),
-        rules=TRIPLE_ENCODER_RULES, tx=text_optimizer(cfg, steps), log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
-        label="graph text", tracker=run.tracker)
+        loss_fn=lambda params, constants, batch, key: text_loss(cfg, text, encoder.has_mlm_head, params, constants,
+                                                                batch),
+        rules=TRIPLE_ENCODER_RULES, tx=text_optimizer(cfg, steps), log_every=cfg.log_every,
+        checkpoint_every=cfg.checkpoint_every, label="graph text", tracker=run.tracker)
     if cfg.encoder_mode != "frozen":
         merged = jax.jit(text.merged_encoder)(fitted.params, encoder.params)
         checkpoint.save_tree(run.stage("graph") / "encoder", jax.device_get(merged))
@@ -329,11 +333,12 @@ def _save_tables(folder: pathlib.Path, cfg: Config, graph: Graph, tables: dict, 
 
 
 def _check(cfg: Config) -> None:
-    bounds = {"dim": (2, 1 << 16), "steps": (0, 1 << 30), "epochs": (1, 1 << 20), "batch": (1, 1 << 20), "tails": (1, 1 << 16),
-              "candidates": (1, 1 << 24), "n3": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
-              "heldout_limit": (0, 1 << 30), "text_steps": (0, 1 << 30), "text_batch": (1, 1 << 20), "text_length": (8, 1 << 16),
-              "withhold": (0.0, 1.0), "lora_rank": (1, 1 << 12), "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9),
-              "text_eval": (0, 1 << 30)}
+    many = 1 << 30
+    bounds = {"dim": (2, many), "steps": (0, many), "epochs": (1, many), "batch": (1, many), "tails": (1, many),
+              "candidates": (1, many), "n3": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
+              "heldout_limit": (0, many), "text_steps": (0, many), "text_batch": (1, many), "text_length": (8, many),
+              "withhold": (0.0, 1.0), "lora_rank": (1, many), "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9),
+              "text_eval": (0, many)}
     for name, (low, high) in bounds.items():
         value = getattr(cfg, name)
         if not low <= value <= high:
