@@ -222,9 +222,10 @@ def test_every_scorer_lowers_its_loss(world, tmp_path, encoder_folder, scorer):
 
 
 def test_one_device_gives_what_eight_give(world, tmp_path, encoder_folder):
-    """Both trainings, full softmax and sampled rivals, on the meshes (1, 1) and (4, 2)."""
-    for rivals in ("all", "sampled"):
-        cfg = dataclasses.replace(SMALL, steps=5, text_steps=2, rivals=rivals, candidates=16, checkpoint_every=0)
+    """Both trainings on the meshes (1, 1) and (4, 2): all entities as rivals, and sampled ones."""
+    for rivals, mode in (("all", "lora"), ("sampled", "off")):
+        cfg = dataclasses.replace(SMALL, steps=5, text_steps=2, rivals=rivals, encoder_mode=mode, text_eval=4,
+                                  candidates=16, checkpoint_every=0)
         both = []
         for name, shape in (("one", (1, 1)), ("eight", (4, 2))):
             devices = jax.devices()[:shape[0] * shape[1]]

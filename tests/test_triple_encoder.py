@@ -5,18 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kgrec_jax.data.link_batches import LinkBatch, LinkSource, TextLinkSource, TripleWords, encode_queries, merge_queries
+from kgrec_jax.data.link_batches import (LinkBatch, LinkSource, TextLinkSource, TripleWords, encode_queries,
+                                         merge_queries)
 from kgrec_jax.models import bert
 from kgrec_jax.models.graph_embedding import GraphEmbedding
 from kgrec_jax.models.triple_encoder import TRIPLE_ENCODER_RULES, TripleEncoder
 from kgrec_jax.sharding import MeshConfig, make_mesh, shardings
 
 N, R, D, ROWS = 21, 3, 8, 64
-CONFIG = bert.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                         max_position_embeddings=24)
+CONFIG = bert.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=32, max_position_embeddings=24)
 # Every third entity has no name.
-WORDS = TripleWords([[] if e % 3 == 0 else [5 + e, 6 + e] for e in range(N)], [[30], [31, 32], [33]], cls=1, sep=2, mask=3,
-                    pad=0, vocab_size=60)
+WORDS = TripleWords([[] if e % 3 == 0 else [5 + e, 6 + e] for e in range(N)], [[30], [31, 32], [33]], cls=1, sep=2,
+                    mask=3, pad=0, vocab_size=60)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def test_adapters_change_nothing_at_first_and_modes_train_what_they_say(encoder)
         assert ("encoder" in params) == (trained is not None)
         jax.tree.map(np.testing.assert_array_equal, model.merged_encoder(params, encoder), encoder)
         if trained == "adapters":
-            assert {k for p, _ in jax.tree_util.tree_leaves_with_path(params["encoder"]) for k in (p[-1].key,)} == {"a", "b"}
+            leaves = jax.tree_util.tree_leaves_with_path(params["encoder"])
+            assert {path[-1].key for path, _ in leaves} == {"a", "b"}
 
 
 def test_withheld_vectors_are_not_read_and_others_are(encoder, batch):
@@ -82,8 +84,9 @@ def test_link_losses_are_a_softmax_over_the_scores_of_every_entity(encoder, batc
         np.testing.assert_allclose(scores - (query**2).sum(1, keepdims=True) / 4,
                                    -((query[:, None] / 2 - rows[None]) ** 2).sum(-1), atol=1e-4)
     log_sum = np.log(np.exp(scores).sum(1))
-    expected = [sum(w * (log_sum[b] - scores[b, t]) for t, w in zip(batch.links.tails[b], batch.links.weight[b], strict=True))
-                for b in range(len(scores))]
+    answers = zip(batch.links.tails, batch.links.weight, strict=True)
+    expected = [sum(w * (log_sum[b] - scores[b, t]) for t, w in zip(tails, weight, strict=True))
+                for b, (tails, weight) in enumerate(answers)]
     np.testing.assert_allclose(model.link_losses(params, hidden, batch), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +116,8 @@ def test_the_text_loss_teaches_tables_bridge_and_encoder(encoder, batch, mode):
     read = batch.soft_position[:, 0] >= 0
     relation = np.asarray(grads["tables"]["relation"]["embedding"])
     assert np.abs(relation[np.unique(batch.links.relation[read])]).max(1).all()  # through the soft token alone
-    assert size(grads["tables"]["entity"]) > 0 and size(grads["bridge"]["soft"]) > 0 and size(grads["bridge"]["link"]) > 0
+    for part in (grads["tables"]["entity"], grads["bridge"]["soft"], grads["bridge"]["link"]):
+        assert size(part) > 0
     assert not np.asarray(grads["tables"]["entity"]["embedding"][N:]).any()
     if mode != "frozen":
         assert size(grads["encoder"]) > 0

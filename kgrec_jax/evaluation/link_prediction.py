@@ -118,7 +118,7 @@ def evaluate_link_prediction(score_block: ScoreBlock, triples: np.ndarray, *, kn
         raise KgrecError("link prediction: found no triple to rank, expected at least one; raise graph.test_share")
     high = triples.max(axis=0)
     if triples.min() < 0 or max(high[0], high[2]) >= num_entities or high[1] >= known.num_relations:
-        raise KgrecError(f"link prediction: found ids up to {tuple(int(x) for x in high)} in a triple, expected entities "
+        raise KgrecError(f"link prediction: found ids up to {tuple(int(x) for x in high)}, expected entities "
                          f"below {num_entities} and relations below {known.num_relations}")
     both = add_inverses(triples, known.num_relations)
     ranks = rank_tails(score_block, both[:, 0], both[:, 1], both[:, 2], known=known, num_entities=num_entities,

@@ -229,8 +229,8 @@ def triple_words(cfg: Config, graph: Graph, tokenizer: Tokenizer) -> TripleWords
         return out
 
     entities = encode(entity_words(graph, cfg.entity_words == "name-and-text"))
-    return TripleWords(entities, encode(list(graph.relation_names)), cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id, pad=tokenizer.pad_id,
-                       vocab_size=tokenizer.vocab_size)
+    return TripleWords(entities, encode(list(graph.relation_names)), cls=tokenizer.cls_id, sep=tokenizer.sep_id,
+                       mask=tokenizer.mask_id, pad=tokenizer.pad_id, vocab_size=tokenizer.vocab_size)
 
 
 def run(experiment: Any, run: Any) -> dict:
@@ -267,13 +267,14 @@ def _train_structure(cfg: Config, model: GraphEmbedding, data: LinkData, run: An
     against = f"{plan.candidates:,} drawn" if plan.candidates else f"all {model.num_entities:,}"
     counts = {name: int((data.part == k).sum()) for k, name in enumerate(("train", "valid", "test"))}
     run.tracker.say(f"graph: {counts['train']:,} triples as {len(data.rows):,} queries, "
-                    f"{counts['valid'] + counts['test']:,} held out; {plan.steps:,} steps of {cfg.batch} against {against} entities, about {plan.seconds:.0f} s")
+                    f"{counts['valid'] + counts['test']:,} held out; {plan.steps:,} steps of {cfg.batch} against {against} "
+                    f"entities, about {plan.seconds:.0f} s")
     source = LinkSource(data.rows, batch=cfg.batch, steps=plan.steps, seed=seed, num_entities=model.num_entities,
                         candidates=plan.candidates)
     fitted = train.fit(
         workdir=run.stage("graph") / "structure", init_fn=model.init, source=source, constants={}, seed=seed,
-        mesh=run.mesh, loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch), rules=GRAPH_RULES,
-        tx=structure_optimizer(cfg, plan.steps), log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
+        mesh=run.mesh, loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch),
+        rules=GRAPH_RULES, tx=structure_optimizer(cfg, plan.steps), log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
         label="graph structure", tracker=run.tracker)
     results = {"entities": model.num_entities, "relations": model.num_relations, "triples": counts,
                "split": "given" if data.given_split else "held out by pairs", "scorer": cfg.scorer, "dim": cfg.dim,
@@ -284,7 +285,7 @@ def _train_structure(cfg: Config, model: GraphEmbedding, data: LinkData, run: An
 
 def _train_text(experiment: Any, run: Any, model: GraphEmbedding, data: LinkData,
                 tables: dict) -> tuple[dict, dict, dict]:
-    """(tables, bridge, results) of the text training; the given tables and a reason where no encoder reads the names."""
+    """(tables, bridge, results) of the text training; the given tables and a reason where no tokenizer fits."""
     cfg, seed = experiment.graph, experiment.seed
     encoder = pretrain.stage_encoder(experiment, run)
     tokenizer = load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)

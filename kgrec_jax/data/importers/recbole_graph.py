@@ -116,19 +116,20 @@ def _agreement(items: list[str], facts: list[Triple], own: list[Triple]) -> floa
     coded = np.array([(row.setdefault(h, len(row)), column.setdefault(r, len(column)), row.setdefault(t, len(row)))
                       for h, r, t in [*own, *facts]], np.int32)
     blank = ("",) * len(row)
-    graph = Graph(tuple(row), blank, blank, tuple(column), tuple(column), coded, len(items), np.zeros(len(coded), np.int8))
+    part = np.zeros(len(coded), np.int8)
+    graph = Graph(tuple(row), blank, blank, tuple(column), tuple(column), coded, len(items), part)
     return link_agreement(graph, sorted({column[r] for _, r, _ in own}))
 
 
 def _warning(score: float, links: Links, num_facts: int) -> str:
     found = ("warning: the .link file contradicts the item table: items that share a linked neighbour have genres and "
-             f"years no more alike than by chance ({score:.1f} standard deviations; true links reach tens). Its ids may "
-             "be those of another release. ")
+             f"years no more alike than by chance ({score:.1f} standard deviations; true links reach tens). Its ids "
+             "may be those of another release. ")
     if links == "keep":
         return found + "Items are linked as it says all the same: directors or sequels may be those of other items"
-    return found + (f"Items are therefore not joined to it: they keep genres and years, and the {num_facts:,} triples of the "
-                    ".kg file stay in the graph without touching an item, so that no reason rests on them; links = keep "
-                    "joins them as the file says")
+    return found + (f"Items are therefore not joined to it: they keep genres and years, and the {num_facts:,} triples "
+                    "of the .kg file stay in the graph without touching an item, so that no reason rests on them; "
+                    "links = keep joins them as the file says")
 
 
 def _joined(items: list[Item], links: dict[str, str], linked: dict[str, str]) -> str:

@@ -1,0 +1,96 @@
+"""The whole way on the toy world: every stage, the report, the recommender, the command line; a finished run is only read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tiny_encoder import make_tiny_encoder
+
+from kgrec_jax import cli, pipeline
+from kgrec_jax.config import Experiment, from_json, to_json
+from kgrec_jax.data.folder import DataConfig, write_folder
+from kgrec_jax.data.toy import toy_world
+from kgrec_jax.errors import KgrecError
+from kgrec_jax.models.towers import TowerConfig
+from kgrec_jax.serving.recommender import Recommender
+from kgrec_jax.stages import fuse, graph, pretrain
+from kgrec_jax.workdir import Run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(experiment, run folder, report) of a small run."""
+    root = tmp_path_factory.mktemp("pipeline")
+    world = toy_world()
+    write_folder(world, root / "toy")
+    encoder = make_tiny_encoder(root / "bert", [*world.item_texts, *world.graph.entity_names])
+    experiment = Experiment(
+        encoder=str(encoder), data=DataConfig(path=str(root / "toy")), pretrain=pretrain.Config(mode="off"),
+        graph=graph.Config(dim=16, steps=30, batch=64, encoder_mode="off"),
+        fuse=fuse.Config(tower=TowerConfig(width=16, max_history=16), steps=30, batch=32, gate_steps=40, gate_batch=32, text_length=32))
+    return experiment, root / "run", pipeline.run(experiment, root / "run", quiet=True)
+
+
+def test_report_has_every_row_and_an_exact_score(finished):
+    _, folder, report = finished
+    held = json.loads((folder / "report.json").read_text())
+    for name in ("popularity", "item-knn", "user-knn", "ease", "fusion"):
+        assert 0 <= held["models"][name]["ndcg@10"] <= 1 and 0 <= held["models"][name]["recall@20"] <= 1
+    assert held["fit_on"] == "train+valid" and (folder / "report.md").is_file()
+    assert len(list((folder / "plots").glob("*.png"))) >= 2
+    recommender = Recommender.load(folder)
+    own = recommender.histories.take(np.array([0, 1, 2]))
+    items = np.tile(np.arange(recommender.model.num_items), (3, 1))
+    parts, _ = recommender.model.contributions(own, items)
+    np.testing.assert_allclose(parts.sum(-1), recommender.model.scores(own), atol=1e-4)
+
+
+def test_recommends_by_user_and_by_title_and_never_what_is_known(finished):
+    _, folder, _ = finished
+    recommender = Recommender.load(folder)
+    user = recommender.user_ids[0]
+    known = {recommender.item_ids[i] for i in recommender.known[0].indices}
+    found = recommender.recommend(user=user, k=5)
+    assert len(found) == 5 and not known & {row["item_id"] for row in found} and all(row["reason"] for row in found)
+    title = recommender.item_names[3]
+    assert title not in {row["title"] for row in recommender.recommend(history=[title.upper()], k=5)}
+    with pytest.raises(KgrecError, match="nearest"):
+        recommender.recommend(history=["no such title at all"])
+    empty = np.flatnonzero(recommender.histories.matrix.getnnz(axis=1) == 0)
+    assert len(empty) and all(np.isfinite(row["score"]) for row in recommender.recommend(user=recommender.user_ids[empty[0]], k=3))
+
+
+def test_a_finished_run_is_read_and_another_config_is_refused(finished):
+    experiment, folder, report = finished
+    before = (folder / "report.json").stat().st_mtime_ns
+    again = pipeline.run(experiment, folder, quiet=True)
+    assert again.models["fusion"]["ndcg@10"] == pytest.approx(report.models["fusion"]["ndcg@10"])
+    assert (folder / "report.json").stat().st_mtime_ns == before
+    with pytest.raises(KgrecError, match="fuse.gate_steps"):
+        Run.open(folder, dataclasses.replace(experiment, fuse=dataclasses.replace(experiment.fuse, gate_steps=7)))
+
+
+def test_config_survives_json(finished):
+    experiment = finished[0]
+    assert from_json(Experiment, json.loads(json.dumps(to_json(experiment)))) == experiment
+    with pytest.raises(KgrecError, match="no_such"):
+        from_json(Experiment, {"no_such": 1})
+
+
+def test_command_line(finished, tmp_path, capsys):
+    _, folder, _ = finished
+    recommender = Recommender.load(folder)
+    assert cli.main(["recommend", str(folder), "--user", recommender.user_ids[0], "-k", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+    out = tmp_path / "ranked.tsv"
+    assert cli.main(["recommend", str(folder), "--all-users", "-k", "4", "--out", str(out)]) == 0
+    assert out.read_text().startswith("user_id\titem_id\trank\tscore\n")
+    for argv, word in (
+        (["nonsense"], "COMMAND"), (["run", "nowhere.py", "--workdir", "x"], "CONFIG"),
+        (["run", "configs/default.py", "--workdir", "x"], "--data.path"), (["run", "configs/default.py", "--no-such-field", "1"], "arguments"),
+        (["recommend", str(folder), "--user", "nobody"], "--user"), (["recommend", str(tmp_path)], "recommender"),
+    ):
+        assert cli.main(argv) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("kgrec: ") and word in last
