@@ -267,15 +267,15 @@ def _train_structure(cfg: Config, model: GraphEmbedding, data: LinkData, run: An
     against = f"{plan.candidates:,} drawn" if plan.candidates else f"all {model.num_entities:,}"
     counts = {name: int((data.part == k).sum()) for k, name in enumerate(("train", "valid", "test"))}
     run.tracker.say(f"graph: {counts['train']:,} triples as {len(data.rows):,} queries, "
-                    f"{counts['valid'] + counts['test']:,} held out; {plan.steps:,} steps of {cfg.batch} against {against} "
-                    f"entities, about {plan.seconds:.0f} s")
+                    f"{counts['valid'] + counts['test']:,} held out; {plan.steps:,} steps of {cfg.batch} "
+                    f"against {against} entities, about {plan.seconds:.0f} s")
     source = LinkSource(data.rows, batch=cfg.batch, steps=plan.steps, seed=seed, num_entities=model.num_entities,
                         candidates=plan.candidates)
     fitted = train.fit(
         workdir=run.stage("graph") / "structure", init_fn=model.init, source=source, constants={}, seed=seed,
         mesh=run.mesh, loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch),
-        rules=GRAPH_RULES, tx=structure_optimizer(cfg, plan.steps), log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
-        label="graph structure", tracker=run.tracker)
+        rules=GRAPH_RULES, tx=structure_optimizer(cfg, plan.steps), log_every=cfg.log_every,
+        checkpoint_every=cfg.checkpoint_every, label="graph structure", tracker=run.tracker)
     results = {"entities": model.num_entities, "relations": model.num_relations, "triples": counts,
                "split": "given" if data.given_split else "held out by pairs", "scorer": cfg.scorer, "dim": cfg.dim,
                "structure": {"steps": fitted.steps, "seconds": fitted.seconds, "queries": len(data.rows),
