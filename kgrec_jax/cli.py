@@ -141,13 +141,16 @@ def _data(argv: list[str]) -> int:
         parser.add_argument("source")
         parser.add_argument("out")
         parser.add_argument("--split", help="a folder with train.tsv, test.tsv and perhaps valid.tsv")
+        parser.add_argument("--links", choices=("auto", "keep", "drop"), default="auto",
+                            help="recbole: join items to the .link file's entities; auto: unless it contradicts the items")
         args = parser.parse_args(argv[1:])
         from kgrec_jax.data.importers.csv import import_csv
         from kgrec_jax.data.importers.recbole import import_recbole
         from kgrec_jax.data.sources import resolve
 
         source, split = resolve(args.source), pathlib.Path(args.split) if args.split else None
-        function = import_recbole if args.kind == "recbole" else import_csv
-        print("\n".join(function(source, pathlib.Path(args.out), split)))
+        out = pathlib.Path(args.out)
+        notes = import_recbole(source, out, split, args.links) if args.kind == "recbole" else import_csv(source, out, split)
+        print("\n".join(notes))
         return 0
     raise KgrecError("data: expected kgrec data check FOLDER or kgrec data import {recbole,csv} SOURCE OUT")

@@ -33,6 +33,14 @@ def test_a_vocabulary_learned_from_a_language_covers_it(korean, english):
     assert T.coverage(english, ["", " "]) == T.Coverage(0.0, 0.0)
 
 
+def test_a_chinese_vocabulary_is_learned_character_by_character(english, tmp_path):
+    texts = ["北京的天安门广场", "上海的外滩夜景", "北京故宫 Palace"]
+    chinese = T.load_tokenizer(T.train_wordpiece(texts, tmp_path / "zh", 60))
+    assert T.coverage(chinese, texts).unk_share == 0 and T.coverage(english, texts).unk_share > T.MAX_UNK_SHARE
+    assert chinese.backend.convert_ids_to_tokens(chinese.encode(["北京外滩"], 9, special=False)[0]) == list("北京外滩")
+    assert chinese.encode(["北鸟"], 9, special=False)[0][1] == chinese.unk_id
+
+
 def test_accents_and_syllables_survive(korean, english):
     assert english.backend.convert_ids_to_tokens(english.encode(["CAFÉ"], 9, special=False)[0])[0].startswith("c")
     assert "é" in "".join(english.backend.convert_ids_to_tokens(english.encode(["café"], 9)[0]))
