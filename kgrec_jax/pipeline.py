@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import time
-from typing import Any
 
 import numpy as np
 
@@ -12,9 +11,9 @@ from kgrec_jax import compilation_cache
 from kgrec_jax.config import Experiment
 from kgrec_jax.evaluation.plots import draw_plots
 from kgrec_jax.evaluation.ranking import evaluate_ranking
-from kgrec_jax.evaluation.report import Report, make_report, write_report
+from kgrec_jax.evaluation.report import Report, make_report, read_report, write_report
 from kgrec_jax.evaluation.render import print_report
-from kgrec_jax.models.recommender import TOWER, histories_of
+from kgrec_jax.models.recommender import TOWER
 from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import fuse, graph, pretrain
 from kgrec_jax.workdir import Run
@@ -36,16 +35,15 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
             if "skipped" in results:
                 held.tracker.say(f"{name}: skipped: {results['skipped']}")
             held.finish(name, {**results, "wall_seconds": time.monotonic() - began})
-    from kgrec_jax.evaluation.report import read_report
-
     if held.done("fuse") is not None and (held.path / "report.json").is_file():
         return read_report(held.path)
     began = time.monotonic()
     model, rows, results = fuse.run(experiment, held)
     wall = time.monotonic() - began
     began = time.monotonic()
-    report = evaluate(held, model, rows, results, wall)
-    Recommender.from_run(held, model).save(held.path / "recommender")
+    recommender = Recommender.from_run(held, model)
+    report = evaluate(held, recommender, rows, results, wall)
+    recommender.save(held.path / "recommender")
     draw_plots(report.models, held.path)
     write_report(report, held.path)
     held.finish("fuse", {**results, "wall_seconds": wall, "evaluate_seconds": time.monotonic() - began})
@@ -54,13 +52,12 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     return report
 
 
-def evaluate(held: Run, model: Any, rows: dict, results: dict, fuse_seconds: float) -> Report:
+def evaluate(held: Run, recommender: Recommender, rows: dict, results: dict, fuse_seconds: float) -> Report:
     """Ranks the test for the baselines, the towers and the fused model."""
     data, split = held.dataset, held.split
     shape = data.num_users, data.num_items
     fit = split.fit.matrix(*shape)
-    known = fit + split.valid.matrix(*shape) if split.valid_given else fit
-    histories = histories_of(split.fit, *shape, held.experiment.fuse.tower.max_history)
+    model, histories, known = recommender.model, recommender.histories, recommender.known
     block = max(8, min(256, 2_000_000 // data.num_items))
 
     def rank(score_block):
@@ -80,7 +77,7 @@ def evaluate(held: Run, model: Any, rows: dict, results: dict, fuse_seconds: flo
     stages = {name: held.done(name) or {} for name in ("pretrain", "graph")}
     skipped = {name: done["skipped"] for name, done in stages.items() if "skipped" in done} | results["skipped"]
     user = int(np.flatnonzero(split.test.matrix(*shape).getnnz(axis=1))[0])
-    example = Recommender.from_run(held, model).example(user)
+    example = recommender.example(user)
     return make_report(ranked, name=data.name, split=split.kind, fit_on=split.fit_on, history=split.fit_on, seed=held.experiment.seed,
                        reference="fusion", link_prediction=stages["graph"].get("link_prediction", {}), timing=timing, skipped=skipped,
                        example=example, notes=tuple(data.notes))

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from kgrec_jax.data.importers import write_new_folder
 from kgrec_jax.data.log import PARTS
-from kgrec_jax.data.tables import SUFFIXES, Coded, Table, find_table, read_header, read_table, write_tsv
+from kgrec_jax.data.tables import SUFFIXES, Coded, Table, find_table, read_header, read_table
 from kgrec_jax.data.triples import check_unique
 from kgrec_jax.errors import KgrecError
 
@@ -76,20 +76,8 @@ def import_csv(source: Path, out: Path, split: Path | None = None, columns: CsvC
         tables["users"] = _users(user_path, columns)
     used = {*logs.values(), item_path, user_path}
     notes += [f"{path.name}: not read" for path in headers if path not in used]
-    _write(out, tables)
+    write_new_folder(out, tables)
     return notes
-
-
-def _write(out: Path, tables: Mapping[str, Columns]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        folder = Path(scratch) / "folder"
-        folder.mkdir()
-        for name, table in tables.items():
-            write_tsv(folder / f"{name}.tsv", table)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
 
 
 def _tables(source: Path) -> list[Path]:

@@ -4,14 +4,14 @@ genres and years become named entities in it."""
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from kgrec_jax.data.importers import write_new_folder
 from kgrec_jax.data.importers.atomic import Atomic, Item, find_atomic, read_atomic
 from kgrec_jax.data.importers.recbole_graph import Links, read_graph
-from kgrec_jax.data.tables import Coded, read_table, write_tsv
+from kgrec_jax.data.tables import Coded, read_table
 from kgrec_jax.errors import KgrecError
 
 UNKNOWN = {"", "unknown", "unkonwn", "nan", "none"}  # the second as MovieLens-100K has it in RecBole
@@ -47,15 +47,7 @@ def import_recbole(source: Path, out: Path, split: Path | None = None, links: Li
         file = read_atomic(users)
         user = file.column("user_id", "user")
         tables["users"] = {("user_id" if c == user else c): values for c, values in file.columns.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        folder = Path(scratch) / "folder"
-        folder.mkdir()
-        for name, columns in tables.items():
-            write_tsv(folder / f"{name}.tsv", columns)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+    write_new_folder(out, tables)
     return notes
 
 
