@@ -1,70 +1,152 @@
-"""One door: kgrec {run,recommend,data}."""
+"""One door: kgrec {quickstart,run,pretrain,graph,fuse,evaluate,refit,recommend,data}. Arguments in, one function out."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import errno
 import os
-import pathlib
+import re
 import sys
+from collections.abc import Callable
 
 from kgrec_jax.errors import Interrupted, KgrecError
 
-_USAGE = """kgrec: a recommender that reads text, knows a graph and remembers behaviour
+_HEAD = """kgrec: a recommender that reads text, knows a graph and remembers behaviour
 
-  kgrec run CONFIG --workdir RUN [--data.path FOLDER] [--FIELD VALUE ...]   all stages; goes on where it stopped
-  kgrec recommend RUN (--user ID | --history TITLE ... | --all-users --out FILE) [-k 10] [--candidates FILE] [--json]
-  kgrec data check FOLDER                                                 what is in a dataset folder
-  kgrec data import {recbole,csv} SOURCE OUT [--split FOLDER]             other layouts into a dataset folder
+  kgrec quickstart                                     MovieLens-100K from nothing to a report, in a few minutes
+  kgrec run default --data.path FOLDER --workdir RUN   the same for your own data; again: goes on where it stopped
+  kgrec recommend RUN --user ID                        what a finished run recommends, and why
 
-CONFIG is a file with get_config(), or the name of a shipped one (default). `kgrec run CONFIG --help` lists every field.
+Commands (kgrec COMMAND --help says what each one does and leaves behind):
 """
+
+_TAIL = """
+CONFIG is a file with get_config(), or the name of a shipped one; `kgrec run CONFIG --help` lists every field.
+Data and encoders are folders, or are fetched: pypi:NAME==VERSION#member, hub:ORG/NAME. KGREC_CACHE moves the cache.
+Exit codes: 0 done, 2 bad input (one line says what), 130 interrupted after saving.
+"""
+
+_RUN_HELP = """{what}
+
+  kgrec {command} default --data.path FOLDER --workdir RUN
+  kgrec {command} my.py --workdir RUN --graph.dim 64 --fuse.optim.peak-lr 1e-3
+
+CONFIG comes first: a file with get_config() -> Experiment, or the name of a shipped config ({shipped}). Any field can
+be overridden by --FIELD VALUE; `kgrec {command} CONFIG --help` lists them all. --data.path is a dataset folder (see
+kgrec data), a folder with RecBole's atomic files, or a source (pypi:…, hub:…).
+
+RUN is left with experiment.json (the whole config), dataset.json, split/, one folder a stage (checkpoints,
+metrics.jsonl, TensorBoard, done.json) and, after the last stage, recommender/, report.json, report.md and plots/.
+The same command on the same RUN goes on where it stopped; another config is refused by the names of its fields.
+"""
+
+_QUICKSTART_HELP = """Run everything on MovieLens-100K with its Freebase graph and a small English encoder.
+
+  kgrec quickstart
+  kgrec recommend runs/quickstart --user 196
+
+The same as kgrec run quickstart --workdir runs/quickstart. Data and encoder (2 MB and 84 MB) are fetched once from the
+package index and cached; their licences and citations are shown. About four minutes on two idle cores, 2 GB of memory.
+Leaves runs/quickstart with report.md, report.json, plots/ and a recommender. Every field below can be overridden.
+"""
+
+STAGES = ("pretrain", "graph", "fuse")
+_STAGE_LINES = {"pretrain": "the encoder reads the texts (masked language model), and nothing more",
+                "graph": "up to the tables of entities and relations, alone and inside the encoder",
+                "fuse": "up to the score that joins all sources"}
+SUMMARIES = {
+    "quickstart": "everything on MovieLens-100K, without an argument or an account",
+    "run": "all stages of a config, then report and recommender",
+    **_STAGE_LINES,
+    "evaluate": "the report of a finished run again",
+    "refit": "a run's chosen configuration fitted on all interactions, for use",
+    "recommend": "lists with reasons: for a user, a history, a query, or all users",
+    "data": "look into a dataset folder (check), or make one (import)",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; bad input ends in one line and exit code 2, an interrupted run in 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    commands = {"run": _run, "recommend": _recommend, "data": _data}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
-        return 0
     try:
-        if argv[0] not in commands:
-            raise KgrecError(f"COMMAND: found {argv[0]!r}, expected one of {', '.join(commands)}; see kgrec --help")
-        return commands[argv[0]](argv[1:])
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
     except Interrupted as stop:
-        print(f"kgrec: {stop}", file=sys.stderr)
-        return 130
+        return _end(str(stop), 130)
+    except KeyboardInterrupt:
+        return _end("interrupted; the same command goes on where the run stopped", 130)
     except KgrecError as error:
-        print(f"kgrec: {error}", file=sys.stderr)
-        return 2
+        return _end(str(error), 2)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        where = error.filename or "writing"
+        return _end(f"{where}: {error.strerror}; make room, change permissions or choose another place", 2)
 
 
-def _run(argv: list[str]) -> int:
-    import tyro
+# What a person can mend; any other error of the operating system is a bug of ours and keeps its traceback.
+_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+                   errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.EIO}
 
-    from kgrec_jax.config import load_config
-    from kgrec_jax.pipeline import run
 
-    if not argv or argv[0].startswith("-"):
-        raise KgrecError("CONFIG: found none, expected kgrec run CONFIG --workdir RUN")
+def usage() -> str:
+    """What `kgrec --help` shows."""
+    return _HEAD + "".join(f"  {name:<11} {line}\n" for name, line in SUMMARIES.items()) + _TAIL
+
+
+def _end(message: str, code: int) -> int:
+    print(f"kgrec: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0
     name, rest = argv[0], argv[1:]
-    default = load_config(name)
+    if name == "--version":
+        from kgrec_jax import __version__
 
-    rest, workdir = _take(rest, "--workdir")
-    try:
-        experiment = tyro.cli(type(default), args=rest, default=default, prog=f"kgrec run {name}")
-    except SystemExit as end:
-        if end.code in (0, None):
-            return 0
-        raise KgrecError(f"arguments: found {' '.join(rest)}, expected fields of the config; see kgrec run {name} --help") from None
-    if not workdir:
-        raise KgrecError("--workdir: found none, expected the folder of the run")
-    if not experiment.data.path:
-        raise KgrecError("--data.path: found none, expected a dataset folder")
-    run(experiment, pathlib.Path(workdir))
-    return 0
+        print(f"kgrec {__version__}")
+        return 0
+    if name in ("quickstart", "run", *STAGES):
+        return _run(name, rest)
+    if name == "data":
+        return _data(rest)
+    parsers: dict[str, Callable[[], argparse.ArgumentParser]] = {
+        "evaluate": _evaluate_parser, "refit": _refit_parser, "recommend": _recommend_parser}
+    if name not in parsers:
+        raise KgrecError(f"COMMAND: found {name!r}, expected one of {', '.join(SUMMARIES)}; see kgrec --help")
+    args = parsers[name]().parse_args(rest)
+    from kgrec_jax import commands
+
+    return getattr(commands, name)(args)
+
+
+def _run(command: str, argv: list[str]) -> int:
+    """`quickstart`, `run` and the stages: CONFIG, --workdir, and the config's own fields."""
+    rest, workdir = _take(argv, "--workdir")
+    from kgrec_jax import commands
+
+    if command == "quickstart":
+        return commands.run("quickstart", rest, workdir or "runs/quickstart", None, "kgrec quickstart", _QUICKSTART_HELP)
+    what = "Run all stages of a config: pretrain, graph, fuse, evaluation, recommender." if command == "run" else (
+        f"Run a config up to and including the stage {command}: {_STAGE_LINES[command]}.")
+    if rest[:1] in (["-h"], ["--help"]):
+        from kgrec_jax.config import shipped_configs
+
+        print(_RUN_HELP.format(what=what, command=command, shipped=", ".join(shipped_configs())), end="")
+        return 0
+    if not rest or rest[0].startswith("-"):
+        raise KgrecError(f"CONFIG: found {rest[0] if rest else 'none'}, expected a config first: "
+                         f"kgrec {command} CONFIG --workdir RUN; see kgrec {command} --help")
+    return commands.run(rest[0], rest[1:], workdir, None if command == "run" else command, f"kgrec {command} {rest[0]}",
+                        f"{what} `kgrec {command} --help` says what RUN is left with.")
 
 
 def _take(argv: list[str], flag: str) -> tuple[list[str], str]:
@@ -72,85 +154,138 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str]:
     rest, value = [], ""
     words = iter(argv)
     for word in words:
-        if word == flag:
-            value = next(words, "")
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1:]
-        else:
+        if word != flag and not word.startswith(flag + "="):
             rest.append(word)
+            continue
+        value = next(words, "") if word == flag else word[len(flag) + 1:]
+        if not value or value.startswith("--"):
+            raise KgrecError(f"{flag}: found no value, expected the folder of the run")
     return rest, value
 
 
-def _parser(name: str) -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise KgrecError(f"arguments: {message}; see {self.prog} --help")
+class _Parser(argparse.ArgumentParser):
+    """argparse with the project's errors: one line, FIELD: found …, expected …."""
 
-    return Parser(prog=f"kgrec {name}")
+    def __init__(self, name: str, description: str):
+        super().__init__(prog=f"kgrec {name}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> None:
+        """Raises KgrecError for what argparse found."""
+        patterns = (
+            (r"argument ([^:]+): invalid choice: (.*) \(choose from (.*)\)", r"\1: found \2, expected one of \3"),
+            (r"argument ([^:]+): expected (.*)", r"\1: found no value, expected \2"),
+            (r"argument ([^:]+): (found .*)", r"\1: \2"),
+            (r"the following arguments are required: (.*)", r"\1: found none, expected it"),
+            (r"unrecognized arguments: (\S+).*", r"\1: unknown argument, expected those of the command"))
+        for pattern, words in patterns:
+            if re.fullmatch(pattern, message):
+                message = re.sub(pattern, words, message)
+                break
+        raise KgrecError(f"{message}; see {self.prog} --help")
 
 
-def _recommend(argv: list[str]) -> int:
-    parser = _parser("recommend")
-    parser.add_argument("run")
-    parser.add_argument("--user", help="a user id of the log")
-    parser.add_argument("--history", nargs="+", metavar="TITLE", help="titles of items")
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
+    return int(word)
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = _Parser("evaluate", """Evaluate a finished run again and write its report anew.
+
+  kgrec evaluate runs/quickstart
+
+Nothing is trained. Leaves report.json, report.md and plots/ in RUN.""")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    return parser
+
+
+def _refit_parser() -> argparse.ArgumentParser:
+    parser = _Parser("refit", """Fit the configuration that a run has chosen on all of its interactions.
+
+  kgrec refit runs/quickstart runs/quickstart-all
+
+What the run held out to measure is learned from here, so OUT is for use and has no report of its own. Leaves OUT with
+a recommender that kgrec recommend reads. RUN is not changed.""")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("out", metavar="OUT", help="the folder of the refitted run: a new one, or one to go on with")
+    return parser
+
+
+def _recommend_parser() -> argparse.ArgumentParser:
+    parser = _Parser("recommend", """Recommend with a finished run, each item with its reason.
+
+  kgrec recommend RUN --user 196 -k 10
+  kgrec recommend RUN --history "Toy Story" "Aladdin"
+  kgrec recommend RUN --query "a film about the sea" --json
+  kgrec recommend RUN --all-users -k 20 --out ranked.tsv --candidates cold_items.txt
+
+Exactly one of --user, --history, --query and --all-users. Items that a user already knows are left out. Nothing is
+changed in RUN; --all-users leaves FILE with the columns user_id, item_id, rank and score.""")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--user", metavar="ID", help="a user of the log")
+    parser.add_argument("--history", nargs="+", metavar="TITLE",
+                        help="titles of items; case and a trailing year may be left out")
+    parser.add_argument("--query", metavar="TEXT", help="free text")
     parser.add_argument("--all-users", action="store_true", help="every user, to --out")
-    parser.add_argument("--out", help="where --all-users writes user_id item_id rank score")
-    parser.add_argument("--candidates", help="a file with one item id a line: rank only these")
-    parser.add_argument("-k", type=int, default=10, help="length of a list")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    from kgrec_jax.serving.recommender import Recommender
+    parser.add_argument("--out", metavar="FILE", help="where --all-users writes; an existing file is replaced, "
+                                                      "a missing folder is made")
+    parser.add_argument("--candidates", metavar="FILE", help="rank only the items of this file: one item id a line, "
+                                                             "a first line item_id is skipped")
+    parser.add_argument("-k", type=_positive, default=10, metavar="K", help="length of a list (default 10)")
+    parser.add_argument("--json", action="store_true", help="a JSON list on the standard output")
+    return parser
 
-    held = Recommender.load(args.run)
-    candidates = pathlib.Path(args.candidates).read_text(encoding="utf-8").split("\n") if args.candidates else None
-    candidates = [c.rstrip("\r") for c in candidates if c.strip()] if candidates is not None else None
-    if args.all_users:
-        if not args.out:
-            raise KgrecError("--out: found none, expected the file that --all-users writes")
-        items, scores = held.all_users(args.k, candidates)
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write("user_id\titem_id\trank\tscore\n")
-            for user, row, values in zip(held.user_ids, items, scores):
-                for rank, (item, score) in enumerate(zip(row, values), start=1):
-                    if item >= 0:
-                        file.write(f"{user}\t{held.item_ids[item]}\t{rank}\t{score:.6g}\n")
-        return 0
-    found = held.recommend(user=args.user, history=args.history, k=args.k, candidates=candidates)
-    if held.held_out and not args.json:
-        print(f"note: {held.held_out:,} interactions were held out to measure; their items may appear", file=sys.stderr)
-    if args.json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
-    else:
-        for rank, row in enumerate(found, start=1):
-            print(f"{rank:3d}  {row['title']}  ({row['score']:.2f})\n     {row['reason']}")
-    return 0
+
+_DATA_HELP = """Look into data, or make a dataset folder of it.
+
+  kgrec data check FOLDER                         counts, gaps, languages and minutes, in seconds and before training
+  kgrec data import {recbole,csv} SOURCE OUT      other layouts into the project's dataset folder
+"""
 
 
 def _data(argv: list[str]) -> int:
+    from kgrec_jax import commands
+
     if argv[:1] == ["check"]:
-        parser = _parser("data check")
-        parser.add_argument("folder")
-        from kgrec_jax.data.check import check_folder
-
-        print("\n".join(check_folder(parser.parse_args(argv[1:]).folder).render()))
-        return 0
+        return commands.data_check(_check_parser().parse_args(argv[1:]))
     if argv[:1] == ["import"]:
-        parser = _parser("data import")
-        parser.add_argument("kind", choices=("recbole", "csv"))
-        parser.add_argument("source")
-        parser.add_argument("out")
-        parser.add_argument("--split", help="a folder with train.tsv, test.tsv and perhaps valid.tsv")
-        parser.add_argument("--links", choices=("auto", "keep", "drop"), default="auto",
-                            help="recbole: join items to the .link file's entities; auto: unless it contradicts the items")
-        args = parser.parse_args(argv[1:])
-        from kgrec_jax.data.importers.csv import import_csv
-        from kgrec_jax.data.importers.recbole import import_recbole
-        from kgrec_jax.data.sources import resolve
+        return commands.data_import(_import_parser().parse_args(argv[1:]))
+    if argv and argv[0] not in ("-h", "--help"):
+        raise KgrecError(f"data: found {argv[0]!r}, expected check or import; see kgrec data --help")
+    print(_DATA_HELP, end="")
+    return 0
 
-        source, split = resolve(args.source), pathlib.Path(args.split) if args.split else None
-        out = pathlib.Path(args.out)
-        notes = import_recbole(source, out, split, args.links) if args.kind == "recbole" else import_csv(source, out, split)
-        print("\n".join(notes))
-        return 0
-    raise KgrecError("data: expected kgrec data check FOLDER or kgrec data import {recbole,csv} SOURCE OUT")
+
+def _check_parser() -> argparse.ArgumentParser:
+    parser = _Parser("data check", """Say what is in a dataset folder, and how long a run on it would take.
+
+  kgrec data check FOLDER
+  kgrec data check 'pypi:recbole==1.2.1#recbole/dataset_example/ml-100k'
+
+Reads everything as a run would, with the same errors. Nothing is trained and FOLDER is not changed; RecBole's atomic
+files are imported into the cache, as a run would import them.""")
+    parser.add_argument("folder", metavar="FOLDER", help="a dataset folder, a folder with *.inter, or a source")
+    encoder = parser.add_mutually_exclusive_group()
+    encoder.add_argument("--encoder", metavar="SOURCE", help="whose tokenizer is measured on the texts (a folder, "
+                                                             "pypi:…, hub:…); default: the shipped configs' encoder")
+    encoder.add_argument("--no-encoder", action="store_true", help="measure no tokenizer, fetch nothing")
+    return parser
+
+
+def _import_parser() -> argparse.ArgumentParser:
+    parser = _Parser("data import", """Turn another layout into a dataset folder.
+
+  kgrec data import recbole 'pypi:recbole==1.2.1#recbole/dataset_example/ml-100k' data/ml-100k
+  kgrec data import csv ratings/ data/mine --split ratings/split
+
+recbole reads the atomic files NAME.inter .item .user .kg .link, csv finds the log, the items and the triples among
+tables with headers. Leaves OUT, complete or not at all; an existing folder is not overwritten.""")
+    parser.add_argument("kind", choices=("recbole", "csv"))
+    parser.add_argument("source", metavar="SOURCE", help="a folder or a source (pypi:…, hub:…)")
+    parser.add_argument("out", metavar="OUT", help="the new dataset folder")
+    parser.add_argument("--split", metavar="FOLDER", help="a folder with train.tsv, test.tsv and perhaps valid.tsv")
+    parser.add_argument("--links", choices=("auto", "keep", "drop"), default="auto",
+                        help="recbole: join items to the .link file's entities; auto: unless it contradicts the items")
+    return parser

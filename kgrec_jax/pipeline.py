@@ -1,4 +1,4 @@
-"""The whole way: pretrain → graph → fuse → evaluate → export; each stage once, a killed run goes on where it was."""
+"""The whole way: pretrain → graph → fuse → evaluate → export; a killed run goes on where it was."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import pathlib
 import time
 
 import numpy as np
+import scipy.sparse as sp
 
 from kgrec_jax import compilation_cache
-from kgrec_jax.config import Experiment
+from kgrec_jax.budget import announce
+from kgrec_jax.config import Experiment, from_json
+from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.plots import draw_plots
 from kgrec_jax.evaluation.ranking import evaluate_ranking
 from kgrec_jax.evaluation.report import Report, make_report, read_report, write_report
@@ -16,30 +19,79 @@ from kgrec_jax.evaluation.render import print_report
 from kgrec_jax.models.recommender import TOWER
 from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import fuse, graph, pretrain
-from kgrec_jax.workdir import Run
+from kgrec_jax.tracking import write_json
+from kgrec_jax.workdir import FORMAT_VERSION, STAGES, Run, read_experiment_json
 
 
-def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False) -> Report:
-    """Runs every stage that the folder has not finished, and returns the report.
+def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False, until: str = "fuse") -> Report | None:
+    """Runs the stages up to `until` that the folder has not finished; the report once all are.
 
     Raises KgrecError for bad input, Interrupted after Ctrl-C once the state is saved.
     """
+    if until not in STAGES:
+        raise KgrecError(f"until: found {until!r}, expected one of {', '.join(STAGES)}")
     compilation_cache.enable()
     held = Run.open(workdir, experiment, quiet)
     for note in held.dataset.notes:
         held.tracker.say(f"note: {note}")
-    for name, stage in (("pretrain", pretrain.run), ("graph", graph.run)):
+    announce(experiment, held)
+    for name, stage in (("pretrain", pretrain.run), ("graph", graph.run))[:STAGES.index(until) + 1]:
         if held.done(name) is None:
             began = time.monotonic()
             results = stage(experiment, held)
             if "skipped" in results:
                 held.tracker.say(f"{name}: skipped: {results['skipped']}")
             held.finish(name, {**results, "wall_seconds": time.monotonic() - began})
+    if until != "fuse":
+        return None
     if held.done("fuse") is not None and (held.path / "report.json").is_file():
         return read_report(held.path)
+    return _fuse_and_report(held, quiet)
+
+
+def evaluate_run(workdir: pathlib.Path | str, quiet: bool = False) -> Report:
+    """Ranks the test of a finished run anew and writes its report; nothing is trained."""
+    compilation_cache.enable()
+    held = _open(workdir, quiet)
+    return _fuse_and_report(held, quiet)
+
+
+def refit(workdir: pathlib.Path | str, out: pathlib.Path | str, quiet: bool = False) -> Recommender:
+    """Fits the configuration that a finished run chose on all interactions, the held-out ones too, into `out`.
+
+    `out` holds a recommender for use; nothing can be measured with it any more.
+    """
+    compilation_cache.enable()
+    held, out = _open(workdir, quiet), pathlib.Path(out)
+    if (out / "recommender").exists() or (out.is_dir() and any(out.iterdir()) and not (out / "refit.json").is_file()):
+        raise KgrecError(f"OUT: found something in {out} already, expected a new or empty folder; choose another")
+    write_json(out / "refit.json", {"format_version": FORMAT_VERSION, "run": held.path.name,
+                                    "interactions": len(held.dataset.interactions)})
+    model, log = fuse.refit(held.experiment, held, out)
+    shape = held.dataset.num_users, held.dataset.num_items
+    recommender = Recommender.build(held, model, log=log, known=log.matrix(*shape), held_out=0)
+    recommender.save(out / "recommender")
+    held.tracker.say(f"refit on {len(log):,} interactions: kgrec recommend {out} --user ID")
+    return recommender
+
+
+def _open(workdir: pathlib.Path | str, quiet: bool) -> Run:
+    """A run whose stages are all finished."""
+    path = pathlib.Path(workdir)
+    held = Run.open(path, from_json(Experiment, read_experiment_json(path)["config"]), quiet)
+    for name in STAGES:
+        if held.done(name) is None:
+            raise KgrecError(f"{path}: found a run whose stage {name} is not finished, expected a finished one; finish "
+                             "it with the kgrec run that began it")
+    return held
+
+
+def _fuse_and_report(held: Run, quiet: bool) -> Report:
+    """Fits (or reads) the fused model, ranks the test, writes recommender, report and plots."""
     began = time.monotonic()
-    model, rows, results = fuse.run(experiment, held)
-    wall = time.monotonic() - began
+    model, rows, results = fuse.run(held.experiment, held)
+    before = held.done("fuse") or {}
+    wall = before.get("wall_seconds", time.monotonic() - began)
     began = time.monotonic()
     recommender = Recommender.from_run(held, model)
     report = evaluate(held, recommender, rows, results, wall)
@@ -56,12 +108,20 @@ def evaluate(held: Run, recommender: Recommender, rows: dict, results: dict, fus
     """Ranks the test for the baselines, the towers and the fused model."""
     data, split = held.dataset, held.split
     shape = data.num_users, data.num_items
-    fit = split.fit.matrix(*shape)
+    fit, test = split.fit.matrix(*shape), split.test.matrix(*shape)
+    notes, limit = list(data.notes), held.experiment.fuse.eval_users
+    users = np.flatnonzero(test.getnnz(axis=1))
+    if limit and len(users) > limit:
+        drawn = np.zeros(shape[0], np.float32)
+        drawn[np.random.default_rng((held.experiment.seed, 29)).choice(users, limit, replace=False)] = 1.0
+        notes.append(f"measured on {limit:,} of {len(users):,} users, drawn by the seed (fuse.eval_users)")
+        test = (sp.diags(drawn) @ test).tocsr()
+        test.eliminate_zeros()
     model, histories, known = recommender.model, recommender.histories, recommender.known
     block = max(8, min(256, 2_000_000 // data.num_items))
 
     def rank(score_block):
-        return evaluate_ranking(score_block, known=known, relevant=split.test.matrix(*shape), num_items=data.num_items, fit=fit, block=block)
+        return evaluate_ranking(score_block, known=known, relevant=test, num_items=data.num_items, fit=fit, block=block)
 
     def of_part(part):
         def score(users):
@@ -73,11 +133,11 @@ def evaluate(held: Run, recommender: Recommender, rows: dict, results: dict, fus
     ranked = {name: rank(of_part(part)) for name, part in rows.items()}
     ranked[TOWER] = rank(lambda users: model.part_scores(histories.take(users), TOWER))
     ranked["fusion"] = rank(lambda users: model.scores(histories.take(users)))
-    timing = {name: float((held.done(name) or {}).get("wall_seconds", 0.0)) for name in ("pretrain", "graph")} | {"fuse": fuse_seconds}
     stages = {name: held.done(name) or {} for name in ("pretrain", "graph")}
+    timing = {name: float(done.get("wall_seconds", 0.0)) for name, done in stages.items()} | {"fuse": fuse_seconds}
     skipped = {name: done["skipped"] for name, done in stages.items() if "skipped" in done} | results["skipped"]
-    user = int(np.flatnonzero(split.test.matrix(*shape).getnnz(axis=1))[0])
+    user = int(np.flatnonzero(test.getnnz(axis=1))[0])
     example = recommender.example(user)
-    return make_report(ranked, name=data.name, split=split.kind, fit_on=split.fit_on, history=split.fit_on, seed=held.experiment.seed,
-                       reference="fusion", link_prediction=stages["graph"].get("link_prediction", {}), timing=timing, skipped=skipped,
-                       example=example, notes=tuple(data.notes))
+    return make_report(ranked, name=data.name, split=split.kind, fit_on=split.fit_on, history=split.fit_on,
+                       seed=held.experiment.seed, reference="fusion", timing=timing, skipped=skipped, example=example,
+                       link_prediction=stages["graph"].get("link_prediction", {}), notes=tuple(notes))

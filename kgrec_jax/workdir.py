@@ -12,7 +12,7 @@ from typing import Any
 
 from kgrec_jax.config import Experiment, to_json
 from kgrec_jax.data.dataset import Dataset, Split
-from kgrec_jax.data.folder import read_folder
+from kgrec_jax.data.importers.auto import read_dataset
 from kgrec_jax.data.interactions import load_split, make_split, save_split
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.sharding import make_mesh
@@ -20,7 +20,7 @@ from kgrec_jax.tracking import Tracker, write_json
 
 FORMAT_VERSION = 1
 STAGES = ("pretrain", "graph", "fuse")
-_FREE = ("mesh", "data.path")  # what may differ when a run goes on; the data are compared by content
+_FREE = ("mesh", "data.path")  # what may differ when a run goes on, beside logging; data are compared by content
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -41,35 +41,53 @@ class Run:
 
     @staticmethod
     def open(path: pathlib.Path | str, experiment: Experiment, quiet: bool = False) -> Run:
-        """Begins a run in an empty folder or goes on with one of the same config; KgrecError names the fields that differ."""
+        """Begins a run in an empty folder or goes on with one of the same config.
+
+        KgrecError names the fields that differ, a folder that holds something else, an experiment.json that cannot be
+        read. A machine that differs from the one the run was begun on is said in one line.
+        """
         path = pathlib.Path(path)
-        resolved = to_json(experiment)
-        held = path / "experiment.json"
+        resolved, machine = to_json(experiment), _machine(experiment)
+        held, run = path / "experiment.json", Run(path, experiment, Tracker(path, quiet))
         if held.is_file():
-            before = read_experiment_json(path)["config"]
-            changed = [d for d in differences(before, resolved) if not any(d == f or d.startswith(f + ".") for f in _FREE)]
+            before = read_experiment_json(path)
+            changed = [d for d in differences(before["config"], resolved) if not _is_free(d)]
             if changed:
                 raise KgrecError(f"{held}: found a run with another {', '.join(changed[:6])}, expected the same config; "
                                  "choose another --workdir or the settings that it was begun with")
-        elif path.is_dir() and any(path.iterdir()):
-            raise KgrecError(f"{path}: found files but no experiment.json, expected a run folder or an empty one; choose another --workdir")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            write_json(held, {"format_version": FORMAT_VERSION, "config": resolved, "cpu_threads": threads,
-                              "python": platform.python_version()})
-        return Run(path, experiment, Tracker(path, quiet))
+            other = [f"{name.replace('_', ' ')} {_words(machine[name])} instead of {_words(before[name])}"
+                     for name in machine if name != "python" and before.get(name, machine[name]) != machine[name]]
+            if other and not run.finished:
+                run.tracker.say(f"note: the run goes on with {', '.join(other)}: results will differ in the last bits "
+                                "from an uninterrupted run's")
+            return run
+        if path.exists() and not path.is_dir():
+            raise KgrecError(f"{path}: found a file, expected a run folder or a new name; choose another --workdir")
+        # A hidden file is what a run that was killed at its very beginning leaves.
+        if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+            raise KgrecError(f"{path}: found files but no experiment.json, expected a run folder or an empty one; "
+                             "choose another --workdir")
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(held, {"format_version": FORMAT_VERSION, "config": resolved, **machine})
+        return run
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is done and the report is written."""
+        return self.done(STAGES[-1]) is not None and (self.path / "report.json").is_file()
 
     @functools.cached_property
     def dataset(self) -> Dataset:
         """The data set; its content must be what the run was begun with."""
-        found = read_folder(self.experiment.data.path, self.experiment.data)
-        counts = {"format_version": FORMAT_VERSION, "name": found.name, "hash": found.content_hash(), "users": found.num_users,
-                  "items": found.num_items, "interactions": len(found.interactions), "entities": found.graph.num_entities,
-                  "triples": len(found.graph.triples), "notes": list(found.notes)}
+        found = read_dataset(self.experiment.data, self.tracker.say)
+        counts = {"format_version": FORMAT_VERSION, "name": found.name, "hash": found.content_hash(),
+                  "users": found.num_users, "items": found.num_items, "interactions": len(found.interactions),
+                  "entities": found.graph.num_entities, "triples": len(found.graph.triples),
+                  "notes": list(found.notes)}
         held = self.path / "dataset.json"
-        if held.is_file() and json.loads(held.read_text(encoding="utf-8"))["hash"] != counts["hash"]:
-            raise KgrecError(f"data.path: found other data than the run in {self.path} was begun with; choose another --workdir")
+        if held.is_file() and _read_json(held).get("hash") != counts["hash"]:
+            raise KgrecError(f"data.path: found other data than the run in {self.path} was begun with; "
+                             "choose another --workdir")
         write_json(held, counts)
         return found
 
@@ -97,7 +115,7 @@ class Run:
     def done(self, name: str) -> dict | None:
         """What a finished stage reported; None before it is finished."""
         file = self.path / name / "done.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return _read_json(file) if file.is_file() else None
 
     def finish(self, name: str, results: dict) -> None:
         """Marks a stage as finished."""
@@ -108,8 +126,43 @@ def read_experiment_json(path: pathlib.Path) -> dict:
     """experiment.json of a run folder."""
     file = path / "experiment.json"
     if not file.is_file():
-        raise KgrecError(f"{path}: found no experiment.json, expected a run folder; begin one with kgrec run CONFIG --workdir {path}")
-    held = json.loads(file.read_text(encoding="utf-8"))
+        raise KgrecError(f"{path}: found no experiment.json, expected a run folder; begin one with "
+                         f"kgrec run CONFIG --workdir {path}")
+    held = _read_json(file)
     if held.get("format_version") != FORMAT_VERSION:
-        raise KgrecError(f"{file}: found format version {held.get('format_version')}, expected {FORMAT_VERSION}; run it again in a new folder")
+        raise KgrecError(f"{file}: found format version {held.get('format_version')}, expected {FORMAT_VERSION}; "
+                         "run it again in a new folder")
+    if not isinstance(held.get("config"), dict):
+        raise KgrecError(f"{file}: found no config, expected the fields of a run; run it again in a new folder")
     return held
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    """The object of a file that a run wrote; KgrecError where it is damaged."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise KgrecError(f"{file}: found a damaged file ({error}), expected JSON that a run wrote; restore it or "
+                         "choose another --workdir") from None
+    if not isinstance(held, dict):
+        raise KgrecError(f"{file}: found a JSON {type(held).__name__}, expected an object; choose another --workdir")
+    return held
+
+
+def _is_free(field: str) -> bool:
+    return field.endswith(".log_every") or any(field == f or field.startswith(f + ".") for f in _FREE)
+
+
+def _machine(experiment: Experiment) -> dict[str, Any]:
+    """What the last bits of a run's results depend on beside its config and its data."""
+    import jax
+
+    mesh = make_mesh(experiment.mesh)
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    return {"cpu_threads": threads, "python": platform.python_version(), "jax": jax.__version__,
+            "devices": f"{mesh.size} x {', '.join(kinds)}", "mesh": dict(mesh.shape)}
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -88,7 +88,7 @@ def test_content_carries_scores_to_an_item_that_nobody_touched(matrix):
     features[24] = features[3]
     base = ease(matrix, 10.0)
     kernels = {"features": ridge.kernel(features)}
-    part = ridge.content(base, kernels, ridge.Choice({"features": 1.0}, 1e-3))
+    part = ridge.content(base, ridge.combine(kernels, ridge.Choice({"features": 1.0}, 1e-3)), 1e-3)
     assert part.known.all()
     np.testing.assert_allclose(part.scores(matrix)[:, 24], base.scores(matrix)[:, 3], atol=0.02)
 

@@ -15,6 +15,7 @@ from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import fuse, graph, pretrain
+from kgrec_jax.stages.fuse_gate import GateConfig
 from kgrec_jax.workdir import Run
 
 
@@ -28,7 +29,8 @@ def finished(tmp_path_factory):
     experiment = Experiment(
         encoder=str(encoder), data=DataConfig(path=str(root / "toy")), pretrain=pretrain.Config(mode="off"),
         graph=graph.Config(dim=16, steps=30, batch=64, encoder_mode="off"),
-        fuse=fuse.Config(tower=TowerConfig(width=16, max_history=16), steps=30, batch=32, gate_steps=40, gate_batch=32, text_length=32))
+        fuse=fuse.Config(tower=TowerConfig(width=16, max_history=16), steps=30, batch=32, text_length=32,
+                         gate=GateConfig(steps=40, batch=32)))
     return experiment, root / "run", pipeline.run(experiment, root / "run", quiet=True)
 
 
@@ -67,8 +69,8 @@ def test_a_finished_run_is_read_and_another_config_is_refused(finished):
     again = pipeline.run(experiment, folder, quiet=True)
     assert again.models["fusion"]["ndcg@10"] == pytest.approx(report.models["fusion"]["ndcg@10"])
     assert (folder / "report.json").stat().st_mtime_ns == before
-    with pytest.raises(KgrecError, match="fuse.gate_steps"):
-        Run.open(folder, dataclasses.replace(experiment, fuse=dataclasses.replace(experiment.fuse, gate_steps=7)))
+    with pytest.raises(KgrecError, match="fuse.eval_users"):
+        Run.open(folder, dataclasses.replace(experiment, fuse=dataclasses.replace(experiment.fuse, eval_users=7)))
 
 
 def test_config_survives_json(finished):
@@ -88,8 +90,8 @@ def test_command_line(finished, tmp_path, capsys):
     assert out.read_text().startswith("user_id\titem_id\trank\tscore\n")
     for argv, word in (
         (["nonsense"], "COMMAND"), (["run", "nowhere.py", "--workdir", "x"], "CONFIG"),
-        (["run", "configs/default.py", "--workdir", "x"], "--data.path"), (["run", "configs/default.py", "--no-such-field", "1"], "arguments"),
-        (["recommend", str(folder), "--user", "nobody"], "--user"), (["recommend", str(tmp_path)], "recommender"),
+        (["run", "configs/default.py", "--workdir", "x"], "--data.path"), (["run", "configs/default.py", "--no-such-field", "1"], "--no-such-field"),
+        (["recommend", str(folder), "--user", "nobody"], "--user"), (["recommend", str(tmp_path), "--user", "x"], "recommender"),
     ):
         assert cli.main(argv) == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from kgrec_jax.data.dataset import Dataset, Split
-from kgrec_jax.data.folder import DataConfig, read_folder
+from kgrec_jax.data.folder import DataConfig
+from kgrec_jax.data.importers.auto import read_dataset
 from kgrec_jax.data.interactions import make_split
 from kgrec_jax.data.text import Coverage, coverage, load_tokenizer, present_texts
 
@@ -101,12 +102,14 @@ class FolderReport:
 
 
 def check_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig(), tokenizer: pathlib.Path | str | None = None,
-                 budgets: Callable[[Dataset], Mapping[str, float]] | None = None) -> FolderReport:
-    """Read a dataset folder as a run would, and report; every error is the one that the run would end with.
+                 budgets: Callable[[Dataset], Mapping[str, float]] | None = None,
+                 say: Callable[[str], None] = print) -> FolderReport:
+    """Read a dataset folder or a source as a run would, and report; every error is the one that the run would end with.
 
-    `tokenizer` is an encoder's folder, `budgets` tells the seconds that each stage is expected to take on a data set.
+    `tokenizer` is an encoder's folder, `budgets` tells the seconds that each stage is expected to take on a data set,
+    `say` gets what fetching and importing have to say.
     """
-    dataset = read_folder(path, cfg)
+    dataset = read_dataset(dataclasses.replace(cfg, path=str(path)), say)
     split = make_split(dataset, cfg.split) if len(dataset.interactions) else None
     found = _coverage(dataset, tokenizer) if tokenizer else None
     minutes = estimate_minutes(dataset, budgets(dataset)) if budgets else {}

@@ -259,6 +259,23 @@ def tfidf_words(texts: Sequence[str], min_df: int = 2, max_terms: int = 50_000, 
 
 
 @dataclasses.dataclass(frozen=True)
+class TfidfWords:
+    """Word TF-IDF that was fitted on some texts and reads any others."""
+
+    vocabulary: dict[str, int]  # word -> column
+    idf: np.ndarray  # [F] float32
+
+    def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
+        """[n, F] float32 rows of unit length; zero where a text has no known word."""
+        return _tfidf_rows([collections.Counter(words(text)) for text in texts], self.vocabulary, self.idf)
+
+
+def fit_tfidf_words(texts: Sequence[str], min_df: int = 1, max_terms: int = 200_000) -> TfidfWords:
+    """The words of `texts` and how rare they are; with `min_df` 1 also those of a single text, which name it best."""
+    return TfidfWords(*_fit_terms([collections.Counter(words(text)) for text in texts], min_df, max_terms))
+
+
+@dataclasses.dataclass(frozen=True)
 class TfidfSvd:
     """Character n-gram TF-IDF projected on its leading singular vectors (Deerwester et al. 1990)."""
 

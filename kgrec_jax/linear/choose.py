@@ -33,8 +33,8 @@ class LinearChoice:
     scores: dict[str, float]
 
 
-def ndcg10(scores: np.ndarray, seen: sp.csr_matrix, relevant: sp.csr_matrix) -> float:
-    """Mean NDCG@10 over the users with something relevant; `scores` [b, I] is overwritten where `seen`."""
+def ndcg10(scores: np.ndarray, seen: sp.csr_matrix, relevant: sp.csr_matrix) -> np.ndarray:
+    """NDCG@10 of each user with something relevant, [n]; `scores` [b, I] is overwritten where `seen`."""
     rows = np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr))
     scores[rows, seen.indices] = -np.inf
     k = min(10, scores.shape[1])
@@ -46,22 +46,21 @@ def ndcg10(scores: np.ndarray, seen: sp.csr_matrix, relevant: sp.csr_matrix) -> 
     count = relevant.getnnz(axis=1)
     has = count > 0
     ideal = np.cumsum(discount)[np.minimum(count[has], k) - 1]
-    return float(((hits @ discount)[has] / ideal).mean()) if has.any() else 0.0
+    return (hits @ discount)[has] / ideal
 
 
-def judge(part: Part, train: sp.csr_matrix, relevant: sp.csr_matrix, seen: sp.csr_matrix | None = None, block: int = 1024) -> float:
-    """NDCG@10 of one part over the items that it knows; histories are the rows of `train`, `seen` (default: train) is left out."""
-    seen = train if seen is None else seen
+def judge(part: Part, train: sp.csr_matrix, relevant: sp.csr_matrix, block: int = 1024) -> float:
+    """NDCG@10 of one part over the items that it knows; histories are the rows of `train`, which are left out."""
     users = np.flatnonzero(relevant.getnnz(axis=1) > 0)
     if len(users) > _MAX_USERS:
         users = np.sort(np.random.default_rng(0).choice(users, _MAX_USERS, replace=False))
-    total = 0.0
+    each = []
     for start in range(0, len(users), block):
         rows = users[start:start + block]
         scores = np.array(part.scores(train[rows]))
         scores[:, ~part.known] = -np.inf
-        total += ndcg10(scores, seen[rows], relevant[rows]) * len(rows)
-    return total / max(len(users), 1)
+        each.append(ndcg10(scores, train[rows], relevant[rows]))
+    return float(np.concatenate(each).mean()) if each else 0.0
 
 
 def _best(options: list, value: Callable[[object], float]) -> tuple[object, float]:
@@ -88,13 +87,14 @@ def _climb(grid: tuple[float, ...], value: Callable[[float], float], start: int)
         here = best
 
 
-def choose_linear(train: sp.csr_matrix, heldout: sp.csr_matrix, *, with_ease: bool, say: Callable[[str], None]) -> LinearChoice:
+def choose_linear(train: sp.csr_matrix, heldout: sp.csr_matrix, *, with_ease: bool,
+                  say: Callable[[str], None]) -> LinearChoice:
     """Settings of each closed form fitted on `train` and judged on `heldout`, both binary [Nu, I].
 
     With nothing held out, or without an item of many, the defaults stand.
     """
     start = 3
-    default = LinearChoice(100, 100, EASE_L2[start], 0.5, EASE_L2[start], 32, {})
+    default = LinearChoice(100, 100, EASE_L2[start], 0.0, EASE_L2[start], 32, {})
     if not heldout.nnz:
         return default
     scores: dict[str, float] = {}
@@ -109,7 +109,8 @@ def choose_linear(train: sp.csr_matrix, heldout: sp.csr_matrix, *, with_ease: bo
         plain, scores["ease"] = _climb(EASE_L2, lambda x: judge(ease(train, x, 0.0, matrix), train, heldout), start)
         l2, best = plain, scores["ease"]
         for share in () if slow else DROPOUT:
-            found, value = _climb(EASE_L2, lambda x, p=share: judge(ease(train, x, p, matrix), train, heldout), EASE_L2.index(l2))
+            found, value = _climb(EASE_L2, lambda x, p=share: judge(ease(train, x, p, matrix), train, heldout),
+                                  EASE_L2.index(l2))
             if value > best:
                 l2, dropout, best = found, share, value
         scores["collaborative"] = best

@@ -33,22 +33,22 @@ class ItemWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Scores through two factor tables: X @ V @ W, V [I, D] and W [D, I] (truncated SVD, vector profiles).
+    """Scores through two factor tables: X @ V @ W, V [I, D] and W [D, I] (truncated SVD, profiles of unit vectors)."""
 
-    `normalise` divides by the length of the history, so that the profile is the mean of its vectors.
-    """
-
-    encode: np.ndarray  # [I, D] float32
-    decode: np.ndarray  # [D, I] float32
+    encode: np.ndarray | sp.csr_matrix  # [I, D] float32
+    decode: np.ndarray | sp.csr_matrix  # [D, I] float32
     known: np.ndarray  # [I] bool
 
     def scores(self, history: sp.csr_matrix) -> np.ndarray:
         """[b, I] float32 for histories [b, I]."""
-        return np.asarray((history @ self.encode) @ self.decode, np.float32)
+        out = (history @ self.encode) @ self.decode
+        return np.asarray(out.toarray() if sp.issparse(out) else out, np.float32)
 
     def contributions(self, items: np.ndarray, candidate: int) -> np.ndarray:
         """[H] float32: what each item of a history adds to the score of `candidate`."""
-        return np.asarray(self.encode[items] @ self.decode[:, candidate], np.float32)
+        column = self.decode[:, [candidate]]
+        out = self.encode[items] @ column
+        return np.asarray(out.toarray() if sp.issparse(out) else out, np.float32).ravel()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def leave_one_out(ease_weights: np.ndarray, kernel_warm: np.ndarray, l2: float) 
 
     A zero diagonal also takes the item itself out of the histories, as if nobody had touched it.
     """
-    dtype = np.float64 if len(kernel_warm) < 5_000 else np.float32
+    dtype = _dtype(len(kernel_warm))
     system = kernel_warm.astype(dtype)
     system[np.diag_indices(len(system))] += l2
     smoother = scipy.linalg.solve(system, kernel_warm.astype(dtype), assume_a="pos", overwrite_a=True, overwrite_b=True)
@@ -83,17 +83,20 @@ def _recall(scores: np.ndarray, relevant: sp.csr_matrix, k: int) -> float:
 
 
 def choose(train: sp.csr_matrix, ease_part: ItemWeights, kernels: Mapping[str, np.ndarray], *, fold_items: int = 200,
-           k: int = 20, max_users: int = 4_000, seed: int = 0, say: Callable[[str], None] | None = None) -> Choice:
+           k: int = 20, max_users: int = 4_000, max_items: int = 4_000, seed: int = 0,
+           say: Callable[[str], None] | None = None) -> Choice:
     """Kernel weights and λ by leave-one-out Recall@k of warm items ranked among folds of themselves.
 
     Greedy: the best single block with its λ, then one block at a time is added with the weight that helps most.
 
     Args:
       train: [Nu, I] binary. kernels: name → [I, I] from `kernel`.
-      fold_items: items ranked against each other, as cold items will be. max_users: users drawn for the comparison.
+      fold_items: items ranked against each other, as cold items will be. max_users, max_items: drawn for the comparison.
     """
     rng = np.random.default_rng(seed)
     warm = np.flatnonzero(ease_part.known)
+    if len(warm) > max_items:
+        warm = np.sort(rng.choice(warm, max_items, replace=False))
     users = np.arange(train.shape[0])
     if len(users) > max_users:
         users = np.sort(rng.choice(users, max_users, replace=False))
@@ -130,23 +133,49 @@ def choose(train: sp.csr_matrix, ease_part: ItemWeights, kernels: Mapping[str, n
     return best
 
 
-def content(ease_part: ItemWeights, kernels: Mapping[str, np.ndarray], choice: Choice) -> ItemWeights:
+def combine(kernels: Mapping[str, np.ndarray], choice: Choice) -> np.ndarray:
+    """[I, I]: the kernels with the weights of the choice."""
+    return _combine(kernels, choice.weights)
+
+
+def content(ease_part: ItemWeights, kernel: np.ndarray, l2: float) -> ItemWeights:
     """The ridge as a part of the score: history → every item that has a feature in one of the chosen blocks.
 
     Args:
-      ease_part: dense EASE weights [I, I], known = warm items. kernels: name → [I, I].
+      ease_part: dense EASE weights [I, I], known = warm items. kernel: [I, I] of the features of all items.
     """
     warm = np.flatnonzero(ease_part.known)
-    combined = _combine(kernels, choice.weights)
-    known = np.diagonal(combined) > 0
+    known = np.diagonal(kernel) > 0
     cold = np.flatnonzero(~ease_part.known & known)
     to_warm = np.asarray(ease_part.weights[np.ix_(warm, warm)], np.float32)
-    weights = np.zeros(combined.shape, np.float32)
-    weights[np.ix_(warm, warm)] = leave_one_out(to_warm, combined[np.ix_(warm, warm)], choice.l2)
+    weights = np.zeros(kernel.shape, np.float32)
+    weights[np.ix_(warm, warm)] = leave_one_out(to_warm, kernel[np.ix_(warm, warm)], l2)
     if len(cold) and len(warm):
-        dtype = np.float64 if len(warm) < 5_000 else np.float32
-        system = combined[np.ix_(warm, warm)].astype(dtype)
-        system[np.diag_indices(len(warm))] += choice.l2
-        carried = scipy.linalg.solve(system, combined[np.ix_(warm, cold)].astype(dtype), assume_a="pos", overwrite_a=True)
+        carried = scipy.linalg.solve(_system(kernel, warm, l2), kernel[np.ix_(warm, cold)].astype(_dtype(len(warm))),
+                                     assume_a="pos", overwrite_a=True)
         weights[np.ix_(warm, cold)] = to_warm @ carried.astype(np.float32)
     return ItemWeights(weights, known)
+
+
+def predicted(values: np.ndarray, known: np.ndarray, kernel: np.ndarray, l2: float) -> np.ndarray:
+    """[I] float32: `values` of the known items as the features predict them, leave-one-out for these themselves."""
+    warm = np.flatnonzero(known)
+    if not len(warm):
+        return np.zeros(len(values), np.float32)
+    mean = values[warm].mean()
+    inverse = scipy.linalg.inv(_system(kernel, warm, l2), overwrite_a=True)
+    alpha = inverse @ (values[warm] - mean).astype(inverse.dtype)
+    out = (kernel[:, warm] @ alpha).astype(np.float32)
+    out[warm] = (values[warm] - mean - alpha / np.diagonal(inverse)).astype(np.float32)  # leave-one-out residuals
+    return out + np.float32(mean)
+
+
+def _dtype(num_items: int) -> type:
+    return np.float64 if num_items < 5_000 else np.float32
+
+
+def _system(kernel: np.ndarray, warm: np.ndarray, l2: float) -> np.ndarray:
+    """K_ww + λ I."""
+    system = kernel[np.ix_(warm, warm)].astype(_dtype(len(warm)))
+    system[np.diag_indices(len(warm))] += l2
+    return system

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,14 @@ from kgrec_jax import checkpoint
 from kgrec_jax.data import text as texts
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.graph import edges, graph_features
+from kgrec_jax.linear import ridge
+from kgrec_jax.linear.parts import ItemWeights
 from kgrec_jax.models.text_encoder import encode_texts
 from kgrec_jax.pretrained.hf import Encoder, load_encoder
 from kgrec_jax.stages.graph import training_graph
 
 FALLBACK_WIDTH = 128  # of character n-gram vectors, where no encoder knows the language
+MIN_COMPARED, COMPARED_TOKENS = 400, 40_000  # items on which encoders are compared: at least, and by their tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,23 @@ def centred(vectors: np.ndarray) -> np.ndarray:
     What all texts share says nothing about any; without this an encoder's common direction would dominate a kernel.
     """
     present = np.abs(vectors).sum(1) > 0
-    return np.where(present[:, None], vectors - vectors[present].mean(0) if present.any() else vectors, 0.0).astype(np.float32)
+    mean = vectors[present].mean(0) if present.any() else np.float32(0.0)
+    return np.where(present[:, None], vectors - mean, 0.0).astype(np.float32)
+
+
+def unit_rows(matrix: np.ndarray | sp.csr_matrix) -> np.ndarray | sp.csr_matrix:
+    """Rows of unit length; a row of zeros stays one."""
+    if sp.issparse(matrix):
+        length = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
+        return (sp.diags((1.0 / np.maximum(length, 1e-6)).astype(np.float32)) @ matrix).tocsr()
+    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
 
 
 def item_texts(dataset: Any) -> list[str]:
     """The text of each item that an encoder reads: its text columns, or its name where there are none."""
     named = dataset.item_names != dataset.item_ids
-    return [t if t.strip() else (n if named else "") for t, n in zip(dataset.item_texts, dataset.item_names, strict=True)]
+    pairs = zip(dataset.item_texts, dataset.item_names, strict=True)
+    return [text if text.strip() else (name if named else "") for text, name in pairs]
 
 
 def text_candidates(experiment: Any, run: Any) -> dict[str, Any]:
@@ -72,7 +86,64 @@ def text_candidates(experiment: Any, run: Any) -> dict[str, Any]:
     return out
 
 
-def encode(encoder: Encoder, weights: Any, tokenizer: texts.Tokenizer, rows: list[str], length: int, run: Any, label: str) -> np.ndarray:
+def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix,
+               part: ItemWeights | None) -> tuple[np.ndarray | None, str, dict[str, float]]:
+    """(text vectors [I, d] or None, which weights read them, recall of each candidate on held-out items).
+
+    Kept in the stage's folder, so that a run that goes on reads nothing twice. `part`: EASE weights that the
+    comparison carries to held-out items; without it the released encoder reads the items.
+    """
+    cfg, rows = experiment.fuse, item_texts(run.dataset)
+    held = run.stage("fuse") / "text.npz"
+    if held.is_file():
+        with np.load(held, allow_pickle=False) as file:
+            return file["vectors"], str(file["source"]), json.loads(str(file["compared"]))
+    if not any(r.strip() for r in rows):
+        return None, "", {}
+    encoder = load_encoder(experiment.encoder, say=run.tracker.say)
+    tokenizer = texts.load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
+    reason = texts.coverage(tokenizer, [r for r in rows if r.strip()]).reason
+    compared: dict[str, float] = {}
+    if reason:
+        run.tracker.say(f"fuse: {reason}: the text part uses character n-grams")
+        width = min(FALLBACK_WIDTH, max(2, len(rows) // 4))
+        vectors, source = texts.tfidf_svd(rows, width, experiment.seed), "character n-grams"
+    else:
+        candidates = text_candidates(experiment, run)
+        source = "released encoder"
+        if cfg.text_encoder == "choose" and part is not None and len(candidates) > 1:
+            compared = _compare(candidates, encoder, tokenizer, rows, cfg, run, train_matrix, part)
+            best = max(compared, key=compared.get)
+            # The released encoder stays unless another is clearly ahead: item vectors spoil easily.
+            source = best if compared[best] > compared[source] * 1.02 else source
+            run.tracker.say("fuse: recall on held-out items by text: "
+                            + ", ".join(f"{n} {v:.4f}" for n, v in compared.items()) + f"; {source} reads the items")
+        length = min(cfg.text_length, encoder.config.max_position_embeddings)
+        vectors = encode(encoder, candidates[source], tokenizer, rows, length, run, "item texts")
+    temporary = held.with_suffix(".tmp.npz")
+    np.savez(temporary, vectors=vectors, source=source, compared=json.dumps(compared))
+    temporary.replace(held)
+    return vectors, source, compared
+
+
+def _compare(candidates: dict[str, Any], encoder: Encoder, tokenizer: texts.Tokenizer, rows: list[str], cfg: Any,
+             run: Any, train_matrix: sp.csr_matrix, part: ItemWeights) -> dict[str, float]:
+    """{encoder: recall on held-out items by text alone}, on as many warm items as a few seconds of reading allow."""
+    length = min(cfg.text_length, 64)
+    warm = np.flatnonzero(part.known & np.array([bool(r.strip()) for r in rows]))
+    tokens = [len(ids) for ids in tokenizer.encode([rows[i] for i in warm[:200]], length)]
+    count = int(max(MIN_COMPARED, COMPARED_TOKENS / max(np.mean(tokens), 1.0))) if tokens else 0
+    sample = np.sort(np.random.default_rng(run.experiment.seed).permutation(warm)[:count])
+    sub = ItemWeights(np.asarray(part.weights)[np.ix_(sample, sample)], np.ones(len(sample), bool))
+    log, out = train_matrix[:, sample].tocsr(), {}
+    for name, weights in candidates.items():
+        some = encode(encoder, weights, tokenizer, [rows[i] for i in sample], length, run, f"texts by {name}")
+        out[name] = ridge.choose(log, sub, {"text": ridge.kernel(centred(some))}, fold_items=100).score
+    return out
+
+
+def encode(encoder: Encoder, weights: Any, tokenizer: texts.Tokenizer, rows: list[str], length: int, run: Any,
+           label: str) -> np.ndarray:
     """[n, d] unit vectors, with progress."""
     with run.tracker.progress(label, sum(bool(r.strip()) for r in rows)) as bar:
         return encode_texts(encoder, weights, tokenizer, rows, max_length=length, progress=bar.advance)

