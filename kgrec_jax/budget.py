@@ -69,14 +69,19 @@ def stage_budgets(experiment: Any, dataset: Dataset, tokenizer: Tokenizer | None
     if not len(dataset.interactions):
         nothing = Budget("", 0.0, "the data set has no interactions")
         return out | {"fuse": nothing, "evaluate": nothing}
-    scores = _ROWS * dataset.num_users * dataset.num_items
-    evaluate = Budget(f"{_ROWS} models on {dataset.num_users:,} users × {dataset.num_items:,} items",
-                      2.0 + scores / _SCORES_PER_SECOND)
+    users = min(dataset.num_users, experiment.fuse.eval_users or dataset.num_users)
+    evaluate = Budget(f"{_ROWS} models on {users:,} users × {dataset.num_items:,} items",
+                      2.0 + _ROWS * users * dataset.num_items / _SCORES_PER_SECOND)
     return out | {"fuse": _fuse(experiment.fuse, dataset, reader, tokenizer, strange), "evaluate": evaluate}
 
 
 def announce(experiment: Any, held: Any) -> None:
-    """Says at the start of a run what each stage is going to do and about how long it takes; `held` is the Run."""
+    """Says at the start of a run what each stage is going to do and about how long it takes; `held` is the Run.
+
+    A finished run has nothing left to do, and nothing is said.
+    """
+    if held.finished:
+        return
     tokenizer = None
     folder = local_folder(experiment.encoder)
     if folder is not None:
@@ -151,7 +156,7 @@ def _graph(experiment: Any, dataset: Dataset, reader: _Reader, strange: str) -> 
 def _fuse(cfg: fuse.Config, dataset: Dataset, reader: _Reader, tokenizer: Tokenizer | None, strange: str) -> Budget:
     items = dataset.num_items
     steps = cfg.training.num_steps(len(np.unique(dataset.interactions.user)))
-    words, seconds = [f"2 × {steps:,} of {cfg.batch} users, {cfg.gate.steps} of the gate"], 10.0
+    words, seconds = [f"2 × {steps:,} of {cfg.batch} users + {cfg.gate.steps} of the gate"], 10.0
     seconds += 2 * (3.0 + steps * 24.0 * cfg.batch * items * cfg.tower.width / _TOWER_FLOPS)
     tokens = 0.0 if strange else _tokens(dataset, tokenizer, cfg.text_length)
     if tokens:

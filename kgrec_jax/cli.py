@@ -1,4 +1,4 @@
-"""One door: kgrec {quickstart,run,pretrain,graph,fuse,evaluate,refit,recommend,data}. Arguments in, one function out."""
+"""One door: kgrec {quickstart,run,pretrain,graph,fuse,evaluate,refit,recommend,data}; its words and its arguments."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _RUN_HELP = """{what}
   kgrec {command} default --data.path FOLDER --workdir RUN
   kgrec {command} my.py --workdir RUN --graph.dim 64 --fuse.optim.peak-lr 1e-3
 
-CONFIG comes first: a file with get_config() -> Experiment, or the name of a shipped config ({shipped}). Any field can
-be overridden by --FIELD VALUE; `kgrec {command} CONFIG --help` lists them all. --data.path is a dataset folder (see
-kgrec data), a folder with RecBole's atomic files, or a source (pypi:…, hub:…).
+CONFIG comes first: a file with get_config() -> Experiment, or the name of a shipped config: {shipped}.
+Any field can be overridden by --FIELD VALUE; `kgrec {command} CONFIG --help` lists them all. --data.path is a dataset
+folder (see kgrec data), a folder with RecBole's atomic files, or a source (pypi:…, hub:…).
 
 RUN is left with experiment.json (the whole config), dataset.json, split/, one folder a stage (checkpoints,
 metrics.jsonl, TensorBoard, done.json) and, after the last stage, recommender/, report.json, report.md and plots/.
@@ -134,7 +134,8 @@ def _run(command: str, argv: list[str]) -> int:
     from kgrec_jax import commands
 
     if command == "quickstart":
-        return commands.run("quickstart", rest, workdir or "runs/quickstart", None, "kgrec quickstart", _QUICKSTART_HELP)
+        workdir = workdir or "runs/quickstart"
+        return commands.run("quickstart", rest, workdir, None, "kgrec quickstart", _QUICKSTART_HELP)
     what = "Run all stages of a config: pretrain, graph, fuse, evaluation, recommender." if command == "run" else (
         f"Run a config up to and including the stage {command}: {_STAGE_LINES[command]}.")
     if rest[:1] in (["-h"], ["--help"]):

@@ -23,7 +23,8 @@ def say(text: str) -> None:
 def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog: str, help_text: str) -> int:
     """`kgrec run|pretrain|graph|fuse|quickstart`: the pipeline of a config up to the stage `until` (None: all of it).
 
-    `prog` and `help_text` head the list of fields that --help shows. Raises KgrecError for arguments that are no fields, a config that cannot be read, and whatever the run finds wrong.
+    `prog` and `help_text` head the list of fields that --help shows. Raises KgrecError for arguments that are no
+    fields, a config that cannot be read, and whatever the run finds wrong.
     """
     from kgrec_jax.config import find_config, load_config
 
@@ -107,7 +108,8 @@ def recommend(args: argparse.Namespace) -> int:
             "--all-users": args.all_users}
     chosen = [flag for flag, given in ways.items() if given]
     if len(chosen) != 1:
-        raise KgrecError(f"arguments: found {' and '.join(chosen) or 'none'}, expected exactly one of {', '.join(ways)}")
+        found = " and ".join(chosen) or "none"
+        raise KgrecError(f"arguments: found {found}, expected exactly one of {', '.join(ways)}")
     if args.all_users and not args.out:
         raise KgrecError("--out: found none, expected the file that --all-users writes")
     if not args.all_users and args.out:
@@ -126,7 +128,8 @@ def recommend(args: argparse.Namespace) -> int:
         write_ranked(pathlib.Path(args.out), held.user_ids, held.item_ids, *held.all_users(args.k, ids))
         return 0
     name = chosen[0][2:]
-    found = held.recommend(**{name: getattr(args, name)}, k=args.k, candidates=ids)
+    found = held.recommend(**{name: getattr(args, name)}, k=args.k, candidates=ids,
+                           say=lambda line: say(f"note: {line}"))
     if args.json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
         return 0
@@ -164,13 +167,13 @@ def read_candidates(path: str) -> dict[str, int]:
 
 
 def known_candidates(candidates: dict[str, int], item_ids: Sequence[str], path: str) -> list[str]:
-    """The ids of `read_candidates`; KgrecError with the first one that the run does not know, its line, and how many."""
+    """The ids of `read_candidates`; KgrecError with the line of the first one that the run does not know."""
     known = set(item_ids)
     unknown = [item for item in candidates if item not in known]
     if unknown:
         others = f" ({len(unknown):,} such ids)" if len(unknown) > 1 else ""
-        raise KgrecError(f"{path}:{candidates[unknown[0]]}: found the unknown item {unknown[0]!r}{others}, expected ids "
-                         "of the run's items; remove them or check that the file belongs to the data set")
+        raise KgrecError(f"{path}:{candidates[unknown[0]]}: found the unknown item {unknown[0]!r}{others}, expected "
+                         "ids of the run's items; remove them or check that the file belongs to the data set")
     return list(candidates)
 
 

@@ -165,7 +165,7 @@ def check_arguments(words: Sequence[str], fields: dict[str, Field]) -> None:
     while position < len(words):
         word = words[position]
         if not word.startswith("--"):
-            raise KgrecError(f"arguments: found {word!r}, expected --FIELD VALUE; a value of several words wants quotes")
+            raise KgrecError(f"arguments: found {word!r}, expected --FIELD VALUE; quote a value of several words")
         flag, has_value, inline = word.partition("=")
         field = fields.get(flag[2:].replace("-", "_"))
         if field is None:
@@ -192,9 +192,9 @@ def _unknown(flag: str, fields: dict[str, Field]) -> str:
     known = any(f.startswith(group + ".") for f in fields)
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
     close = near or [f for f in fields if f.rpartition(".")[2] == name.rpartition(".")[2]][:3]
-    return f"{flag}: unknown field, expected {f'one of the fields of {group}' if known else 'a field of the config'}; " + (
-        f"did you mean {' or '.join(fields[n].flag for n in close)}?" if close
-        else "kgrec run CONFIG --help lists all arguments")
+    expected = f"one of the fields of {group}" if known else "a field of the config"
+    meant = f"did you mean {' or '.join(fields[n].flag for n in close)}?"
+    return f"{flag}: unknown field, expected {expected}; {meant if close else 'kgrec run CONFIG --help lists them'}"
 
 
 def _check_types(experiment: Experiment, file: pathlib.Path) -> None:

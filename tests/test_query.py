@@ -1,5 +1,6 @@
 """Free texts against a small named world: by words, by the encoder that read the items, by character n-grams."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tiny_encoder import make_tiny_encoder
 
 from kgrec_jax import checkpoint
-from kgrec_jax.data.text import TfidfSvd, load_tokenizer, tfidf_svd
+from kgrec_jax.data.text import TfidfSvd, TfidfWords, load_tokenizer, tfidf_svd
 from kgrec_jax.data.toy import toy_world
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.text_encoder import encode_texts
@@ -15,7 +16,7 @@ from kgrec_jax.pretrained import hf
 from kgrec_jax.serving import store
 from kgrec_jax.serving.query import NGRAMS, RELEASED, QueryEncoder, QueryIndex
 
-CLASSES = (QueryIndex, QueryEncoder, TfidfSvd, store.Files)
+CLASSES = (QueryIndex, QueryEncoder, TfidfSvd, TfidfWords)
 
 
 def make_run(folder, world, encoder="", source="", vectors=None):
@@ -73,7 +74,7 @@ def test_words_alone(english, tmp_path):
 def test_a_reason_names_the_words_that_count(english, tmp_path):
     index = QueryIndex.of(make_run(tmp_path, english))
     item = next(i for i, text in enumerate(english.item_texts) if "ghosts" in text)
-    assert index.matched_words("the Ghosts of an unheard-of zebra", item) == ["ghosts"]
+    assert index.matched_words("The Ghosts of unheard-of zebras", item) == ["ghosts"]
     assert index.reason("ghosts", item, 0.0) == "Matches: ghosts"
     assert index.reason("ghosts", item, 2.0) == "Matches: ghosts; its text is close to the query"
     assert index.reason("zebra", item, 0.5) == "Its text is close to the query"
@@ -94,18 +95,13 @@ def test_the_encoder_that_read_the_items_reads_the_query(english, encoder, tmp_p
     run = make_run(tmp_path / "run", english, encoder, source, vectors)
     if source != RELEASED:
         checkpoint.save_tree(run.stage(source) / "encoder", params)
-    store.save(tmp_path / "held", QueryIndex.of(run), (*CLASSES, *_fitted()), {})
-    index = store.load(tmp_path / "held", (*CLASSES, *_fitted()))
+    store.save(tmp_path / "held", QueryIndex.of(run), CLASSES, {})
+    index = store.load(tmp_path / "held", CLASSES)
     assert index.reader.source == ""  # a folder of this machine is kept and not named
     text = english.item_texts[23]
     np.testing.assert_allclose(index.reader.encode(text), vectors[23], atol=1e-5)
     by_text = index.matches(text, np.zeros(english.num_items)).parts["text"]
     assert by_text.argmax() == 23 and abs(by_text.mean()) < 1e-6 and by_text.std() == pytest.approx(1)
-
-
-def _fitted():
-    from kgrec_jax.data.text import TfidfWords
-    return (TfidfWords,)
 
 
 def test_a_public_encoder_is_kept_by_name_and_may_be_out_of_reach(english, encoder, tmp_path, monkeypatch):
@@ -133,17 +129,25 @@ def test_chinese_by_character_ngrams(tmp_path):
     world = toy_world(language="zh")
     vectors = tfidf_svd(list(world.item_texts), 30, 0)
     run = make_run(tmp_path / "run", world, "", NGRAMS, vectors)
-    store.save(tmp_path / "held", QueryIndex.of(run), (*CLASSES, *_fitted()), {})
-    index = store.load(tmp_path / "held", (*CLASSES, *_fitted()))
+    store.save(tmp_path / "held", QueryIndex.of(run), CLASSES, {})
+    index = store.load(tmp_path / "held", CLASSES)
     np.testing.assert_allclose(index.reader.encode(world.item_texts), vectors, atol=1e-4)
     assert titles(index, world, world.item_names[17])[0] == world.item_names[17]
     for title in titles(index, world, "老屋里的鬼魂"):
         assert "鬼魂" in world.item_texts[world.item_names.index(title)]
     item = next(i for i, text in enumerate(world.item_texts) if "鬼魂" in text)
-    assert "鬼魂" in index.matched_words("鬼魂", item) and "鬼" not in index.matched_words("鬼魂", item)
+    assert index.matched_words("鬼魂", item) == ["鬼魂"] and index.matched_words("老屋里的鬼魂", item) == ["老屋里的鬼魂"]
 
 
 def test_items_without_any_text_have_no_index(english, tmp_path):
-    import dataclasses
     bare = dataclasses.replace(english, item_names=english.item_ids, item_texts=("",) * english.num_items)
     assert QueryIndex.of(make_run(tmp_path, bare)) is None
+
+
+def test_korean_finds_inflected_words_by_their_characters(english, tmp_path):
+    texts = ("우주에서 온 외계인의 이야기", "바다를 건너는 해적들의 모험", "요리사가 되고 싶은 생쥐", "사막을 걷는 고독한 기사",
+             "학교에 다니는 마법사 소년")
+    some = dataclasses.replace(english, item_ids=tuple("abcde"), item_names=tuple("abcde"), item_texts=texts)
+    index = QueryIndex.of(make_run(tmp_path, some, "", NGRAMS, tfidf_svd(texts, 4, 0)))
+    for query, wanted in (("외계인", "a"), ("해적", "b"), ("마법사", "e"), ("고독", "d")):
+        assert titles(index, some, query)[0] == wanted

@@ -1,11 +1,12 @@
 """Items for a free text: by the meaning of their texts, by their words, and the popular ones first among equals.
 
-    s(q, i) = z_i + 4 · w_i + 0.1 · p_i
+    s(q, i) = z_i + 4 · w_i + 4 · t_i + 0.1 · p_i
 
 z: cosine of the query's vector and the item's, both less the mean item vector, standardised over the items with a text.
 w: word TF-IDF cosine over its highest value, times the share of the query's (idf-weighted) words that the best item
 has: in [0, 1], and an item with every word of the query gains as much as four standard deviations of meaning, which is
-about what the nearest texts of a catalogue reach. p: log popularity, standardised.
+about what the nearest texts of a catalogue reach. t: 1 where the query is the item's title, so that "Toy Story" does
+not find its sequel first. p: log popularity, standardised.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from kgrec_jax.data.text import TfidfSvd, TfidfWords, fit_tfidf_svd, fit_tfidf_words, load_tokenizer, words
+from kgrec_jax.data.text import TfidfSvd, TfidfWords, fit_tfidf_svd, fit_tfidf_words, load_tokenizer, normalise, words
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.serving.explain import BEST_LEFT
 from kgrec_jax.serving.store import Files
 
-TEXT_WEIGHT, WORDS_WEIGHT, POPULARITY_WEIGHT = 1.0, 4.0, 0.1
+TEXT_WEIGHT, WORDS_WEIGHT, TITLE_WEIGHT, POPULARITY_WEIGHT = 1.0, 4.0, 4.0, 0.1
 NGRAMS = "character n-grams"  # the source of the item vectors where no encoder knows the language
 RELEASED = "released encoder"
 _ENCODER_FILES = ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -32,7 +33,7 @@ _ENCODER_FILES = ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_confi
 _CLOSE = 1.0  # standard deviations from which a text is called close to the query
 _MATCHES = 4  # words that a reason names
 _WORTH_NAMING = 0.1  # share of an item's word score from which a word is named
-_COMMON = 0.5  # of the mean idf of a query's words, below which a word ("the") is not named
+_COMMON = 1.5  # idf up to which a word is in most texts ("the", in more than 60 % of them) and is not named
 
 Say = Callable[[str], None]
 
@@ -105,11 +106,12 @@ class QueryIndex:
         mean = vectors[present].mean(0) if present.any() else np.zeros(vectors.shape[1], np.float32)
         return QueryIndex(index, index.encode(documents), _unit(item_features.centred(vectors)), mean, reader)
 
-    def matches(self, query: str, popularity: np.ndarray, say: Say | None = None) -> Matches:
+    def matches(self, query: str, popularity: np.ndarray, say: Say | None = None,
+                titled: Sequence[int] = ()) -> Matches:
         """The parts of every item's score for one query.
 
-        popularity: [I] training users of each item. `say` is told in one line where the encoder cannot be had.
-        Raises KgrecError for an empty query.
+        popularity: [I] training users of each item. titled: rows whose title the query is. `say` is told in one line
+        where the encoder cannot be had. Raises KgrecError for an empty query.
         """
         if not query.strip():
             raise KgrecError("--query: found an empty text, expected words that say what is looked for")
@@ -122,6 +124,10 @@ class QueryIndex:
             parts["text"] = TEXT_WEIGHT * _standardise(by_text, present)
             found = found | present
         parts["words"] = WORDS_WEIGHT * by_words
+        if len(titled):
+            parts["title"] = np.zeros(len(popularity))
+            parts["title"][list(titled)] = TITLE_WEIGHT
+            found[list(titled)] = True
         everything = np.ones(len(popularity), bool)
         parts["popularity"] = POPULARITY_WEIGHT * _standardise(np.log1p(popularity.astype(np.float64)), everything)
         return Matches(parts, found)
@@ -141,15 +147,20 @@ class QueryIndex:
         """The query's words that the item has, in the query's order, without those that hardly count."""
         row = self.documents[item]
         here = dict(zip(row.indices.tolist(), row.data.tolist()))
-        weight = {w: here[c] * float(self.words.idf[c]) for w, c in self._columns(query).items() if c in here}
-        # Of two Chinese characters in a row, their pair says it all.
-        pairs = [w for w in weight if len(w) == 2 and all(c in weight for c in w)]
-        rare = _COMMON * float(np.mean([self.words.idf[c] for c in self._columns(query).values()] or [0.0]))
-        kept = {w: v for w, v in weight.items() if not any(w != p and w in p for p in pairs)
-                and self.words.idf[self.words.vocabulary[w]] >= rare}
-        total = sum(kept.values())
-        named = sorted((w for w in kept if kept[w] >= _WORTH_NAMING * total), key=lambda w: -kept[w])[:_MATCHES]
-        return [w for w in kept if w in named]
+        idf = self.words.idf
+        weight = {w: here[c] * float(idf[c]) for w, c in self._columns(query).items() if c in here and idf[c] > _COMMON}
+        runs: dict[str, float] = {}
+        for word, value in weight.items():
+            # Chinese: the pairs 老屋, 屋里 are said as the run 老屋里, and a character of a pair not at all.
+            last = next(reversed(runs), "")
+            if any(word != pair and len(pair) == 2 and word in pair for pair in weight):
+                continue
+            if len(word) == 2 and last[-1:] == word[0] and last + word[1] in normalise(query):
+                value, word = value + runs.pop(last), last + word[1]
+            runs[word] = value
+        worth = [w for w in runs if runs[w] >= _WORTH_NAMING * sum(runs.values())]
+        named = sorted(worth, key=lambda w: -runs[w])[:_MATCHES]
+        return [w for w in worth if w in named]
 
     def _columns(self, query: str) -> dict[str, int]:
         """The query's words that some item has, in the query's order, and their columns."""

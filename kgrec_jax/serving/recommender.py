@@ -114,7 +114,7 @@ class Recommender:
 
         `say` is told in one line where there were several. Raises KgrecError with the nearest titles where none is.
         """
-        found = next((rows[form(title)] for rows, form in zip(self._titles, _FORMS) if form(title) in rows), [])
+        found = self._titled(title)
         if not found:
             raise KgrecError(f"--history: found no item {title!r}, expected a title; "
                              f"the nearest are {'; '.join(self.nearest_titles(title))}")
@@ -123,6 +123,10 @@ class Recommender:
             say(f"--history: {title!r} is the title of {len(found)} items: taken {self.item_names[best]} "
                 f"({self.item_ids[best]}), which most users have")
         return best
+
+    def _titled(self, title: str) -> list[int]:
+        """The items of a title, by the first form under which there are any."""
+        return next((rows[form(title)] for rows, form in zip(self._titles, _FORMS) if form(title) in rows), [])
 
     def nearest_titles(self, title: str, count: int = _NEAREST) -> list[str]:
         """The titles that look most like `title`, whatever their case, year and article; of equals the most touched."""
@@ -200,7 +204,7 @@ class Recommender:
         if self.query_index is None:
             raise KgrecError("--query: found a recommender without any text of its items, expected names or text "
                              "columns in the data set that it was made from; use --user or --history")
-        matches = self.query_index.matches(query, np.asarray(self.model.popularity), say)
+        matches = self.query_index.matches(query, np.asarray(self.model.popularity), say, self._titled(query))
         rows = np.flatnonzero(matches.found if mask is None else matches.found & mask)
         if not len(rows) and say:
             say("--query: no item has any of these words")

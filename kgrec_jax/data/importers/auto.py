@@ -1,4 +1,4 @@
-"""Whatever `data.path` says, as a dataset folder: a folder as it is, a source fetched, RecBole's files imported once."""
+"""Whatever `data.path` says, as a dataset folder: one as it is, a source fetched, RecBole's files imported once."""
 
 from __future__ import annotations
 
