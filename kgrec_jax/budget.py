@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from kgrec_jax.data.dataset import Dataset
 from kgrec_jax.data.sources import cache_root, parse_wheel

@@ -43,14 +43,15 @@ class Run:
     def open(path: pathlib.Path | str, experiment: Experiment, quiet: bool = False) -> Run:
         """Begins a run in an empty folder or goes on with one of the same config.
 
-        KgrecError names the fields that differ, a folder that holds something else, an experiment.json that cannot be
-        read. A machine that differs from the one the run was begun on is said in one line.
+        KgrecError names the fields that differ, a folder that holds something else or cannot be made, an
+        experiment.json that cannot be read. A machine that differs from the one the run was begun on is said in one
+        line. A folder in which nothing was computed yet (its data could not be read, say) takes any config.
         """
         path = pathlib.Path(path)
         resolved, machine = to_json(experiment), _machine(experiment)
         held, run = path / "experiment.json", Run(path, experiment, Tracker(path, quiet))
-        if held.is_file():
-            before = read_experiment_json(path)
+        before = read_experiment_json(path) if held.is_file() else {}
+        if run.begun and before:
             changed = [d for d in differences(before["config"], resolved) if not _is_free(d)]
             if changed:
                 raise KgrecError(f"{held}: found a run with another {', '.join(changed[:6])}, expected the same "
@@ -64,12 +65,22 @@ class Run:
         if path.exists() and not path.is_dir():
             raise KgrecError(f"{path}: found a file, expected a run folder or a new name; choose another --workdir")
         # A hidden file is what a run that was killed at its very beginning leaves.
-        if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+        if not before and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise KgrecError(f"{path}: found files but no experiment.json, expected a run folder or an empty one; "
                              "choose another --workdir")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KgrecError(f"{path}: found no way to make the folder ({error.strerror}), expected a place that can "
+                             "be written; choose another --workdir") from None
         write_json(held, {"format_version": FORMAT_VERSION, "config": resolved, **machine})
         return run
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was computed that a change of the config would make wrong."""
+        folders = [self.path / name for name in ("split", *STAGES)]
+        return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
     @property
     def finished(self) -> bool:
@@ -85,7 +96,7 @@ class Run:
                   "entities": found.graph.num_entities, "triples": len(found.graph.triples),
                   "notes": list(found.notes)}
         held = self.path / "dataset.json"
-        if held.is_file() and _read_json(held).get("hash") != counts["hash"]:
+        if self.begun and held.is_file() and _read_json(held).get("hash") != counts["hash"]:
             raise KgrecError(f"data.path: found other data than the run in {self.path} was begun with; "
                              "choose another --workdir")
         write_json(held, counts)

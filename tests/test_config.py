@@ -10,6 +10,8 @@ import pytest
 
 from kgrec_jax import config, workdir
 from kgrec_jax.config import Experiment, check_arguments, fields_of, find_config, load_config, shipped_configs
+from kgrec_jax.data.folder import write_folder
+from kgrec_jax.data.toy import toy_world
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.tracking import write_json
 from kgrec_jax.workdir import Run
@@ -141,6 +143,7 @@ def test_run_folder_records_the_machine(tmp_path, spoken):
 
 def test_another_machine_is_said_in_one_line(tmp_path, spoken, monkeypatch):
     run = Run.open(tmp_path / "run", Experiment())
+    run.finish("pretrain", {})
     real = workdir._machine
     monkeypatch.setattr(workdir, "_machine", lambda experiment: real(experiment) | {"cpu_threads": 77})
     Run.open(tmp_path / "run", Experiment(mesh=config.MeshConfig(data=4, model=2)))
@@ -155,12 +158,29 @@ def test_another_machine_is_said_in_one_line(tmp_path, spoken, monkeypatch):
 
 
 def test_what_may_differ_when_a_run_goes_on(tmp_path, spoken):
-    Run.open(tmp_path / "run", Experiment())
+    Run.open(tmp_path / "run", Experiment()).finish("pretrain", {})
     quieter = dataclasses.replace(Experiment().fuse, log_every=7)
     moved = dataclasses.replace(Experiment().data, path="elsewhere")
     Run.open(tmp_path / "run", Experiment(fuse=quieter, data=moved))
     with pytest.raises(KgrecError, match="another seed, expected the same config"):
         Run.open(tmp_path / "run", Experiment(seed=1))
+
+
+def test_a_mistake_before_anything_was_computed_costs_no_folder(tmp_path, spoken):
+    write_folder(toy_world(num_users=20, num_items=24), tmp_path / "toy")
+    data = config.DataConfig(path=str(tmp_path / "absent"))
+    with pytest.raises(KgrecError, match="no such folder"):
+        Run.open(tmp_path / "run", Experiment(seed=1, data=data)).dataset  # noqa: B018
+    right = Experiment(data=dataclasses.replace(data, path=str(tmp_path / "toy")))
+    run = Run.open(tmp_path / "run", right)
+    assert run.dataset.num_users == 20 and len(run.split.train)
+    assert json.loads((tmp_path / "run" / "experiment.json").read_text())["config"]["seed"] == 0
+    with pytest.raises(KgrecError, match="another seed"):
+        Run.open(tmp_path / "run", dataclasses.replace(right, seed=2))
+    write_folder(toy_world(num_users=21, num_items=24), tmp_path / "other")
+    other = dataclasses.replace(right, data=dataclasses.replace(data, path=str(tmp_path / "other")))
+    with pytest.raises(KgrecError, match="found other data than the run"):
+        Run.open(tmp_path / "run", other).dataset  # noqa: B018
 
 
 @pytest.mark.parametrize("text, words", [
@@ -179,6 +199,8 @@ def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(KgrecError, match="found a file, expected a run folder"):
         Run.open(tmp_path / "file", Experiment())
+    with pytest.raises(KgrecError, match="found no way to make the folder"):
+        Run.open(tmp_path / "file" / "run", Experiment())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".experiment.json.1.tmp").write_text("")  # of a run killed at its very beginning
     Run.open(tmp_path / "other", Experiment())

@@ -119,3 +119,10 @@ def test_structure_is_json_with_titles():
     told = json.loads(json.dumps(found.to_dict(TITLES)))
     assert told["near"] == [{"item": "Clueless (1995)", "part": "collaborative", "weight": 1.0}]
     assert told["shared"][0]["items"] == ["Clueless (1995)"] and told["parts"][0]["share"] == 1.0
+
+
+def test_what_every_new_item_gets_is_said_and_has_no_share():
+    parts = ex.part_shares(("features", "text", ex.LEVEL), np.array([1.0, 1.0, 6.0]), np.ones(3, bool))
+    text = ex.sentence(parts, (), (), ())
+    assert text.endswith("(features 50%, text 50%)") and ex.NEW in text and ex.LEVEL not in text
+    assert ex.NEW not in ex.sentence(ex.part_shares(("features", ex.LEVEL), np.array([1.0, 0.0]), np.ones(2, bool)), (), (), ())

@@ -23,6 +23,7 @@ NEAR_OTHERWISE = "liked by those who liked {}"
 PART_WORDS = {
     "popularity": "popular with many users",
     "query": "fits your words",
+    "expected-popularity": "of a kind that many choose",
     "text": "its text fits your history",
     "graph": "its place in the graph fits your history",
     "features": "its text and graph fit your history",
@@ -30,6 +31,8 @@ PART_WORDS = {
     "user-knn": "chosen by users with a history like yours",
     "collaborative": "chosen by users with a history like yours",
 }
+LEVEL = "level"  # the name of what the gate adds to the score of every item without history
+NEW = "new: nobody has chosen it yet"
 UNKNOWN = "a guess: nothing is known yet of this user and this item"
 BEST_LEFT = "the best of what is left"  # every part speaks against the item, the others' parts more so
 _WORTH_A_CLAUSE = 0.2  # share of the score from which a part is named in the sentence
@@ -197,7 +200,14 @@ def explain(
 def sentence(
     parts: Sequence[PartShare], shared: Sequence[SharedNeighbour], near: Sequence[NearItem], item_names: Sequence[str]
 ) -> str:
-    """One line: the strongest part's reason first, what the graph shares, then the shares of all parts."""
+    """One line: the strongest part's reason first, what the graph shares, then the shares of all parts.
+
+    What is added to every new item alike is no reason for this one: it is said in words and has no share.
+    """
+    new = any(p.part == LEVEL and p.contribution for p in parts)
+    parts = [p for p in parts if p.part != LEVEL]
+    total = sum(abs(p.share) for p in parts)
+    parts = [dataclasses.replace(p, share=p.share / total if total else 0.0) for p in parts]
     clauses = []
     for part in parts:
         titles = [_title(item_names, n.item) for n in near if n.part == part.part][:2]
@@ -211,6 +221,8 @@ def sentence(
     if not clauses:
         speaking = [p.part for p in parts if p.share > 0]
         clauses = [_part_words(speaking[0]) if speaking else BEST_LEFT if parts else UNKNOWN]
+    if new:
+        clauses.append(NEW)
     text = "; ".join(clauses)
     percent = ", ".join(f"{p.part} {p.share:.0%}" for p in parts if abs(p.share) >= 0.005)
     return text[0].upper() + text[1:] + (f" ({percent})" if percent else "")

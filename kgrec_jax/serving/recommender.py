@@ -23,12 +23,11 @@ from kgrec_jax.linear.parts import Part
 from kgrec_jax.models.recommender import FusedModel, Histories, Scale, TowerPart, histories_of
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.serving import store
-from kgrec_jax.serving.explain import explain
+from kgrec_jax.serving.explain import LEVEL, explain
 from kgrec_jax.serving.query import QueryEncoder, QueryIndex
 from kgrec_jax.stages.graph import training_graph
 
 Say = Callable[[str], None]
-LEVEL = "level"  # what is added to the score of a cold item beside its parts
 _NEAREST = 5  # titles that an error suggests
 
 
