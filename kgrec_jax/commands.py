@@ -116,6 +116,7 @@ def recommend(args: argparse.Namespace) -> int:
         raise KgrecError(f"--out: found {args.out} with {chosen[0]}, expected --all-users with it")
     if args.all_users and args.json:
         raise KgrecError("--json: found with --all-users, which writes a table, expected one of them")
+    out = new_file(args.out) if args.all_users else None  # before the work, which may take minutes
     candidates = read_candidates(args.candidates) if args.candidates is not None else None
     from kgrec_jax.serving.recommender import Recommender
 
@@ -125,7 +126,7 @@ def recommend(args: argparse.Namespace) -> int:
         say(f"note: {held.held_out:,} interactions were held out to measure; their items may appear "
             "(kgrec refit learns from them)")
     if args.all_users:
-        write_ranked(pathlib.Path(args.out), held.user_ids, held.item_ids, *held.all_users(args.k, ids))
+        write_ranked(out, held.user_ids, held.item_ids, *held.all_users(args.k, ids))
         return 0
     name = chosen[0][2:]
     found = held.recommend(**{name: getattr(args, name)}, k=args.k, candidates=ids,
@@ -177,11 +178,24 @@ def known_candidates(candidates: dict[str, int], item_ids: Sequence[str], path: 
     return list(candidates)
 
 
+def new_file(path: str) -> pathlib.Path:
+    """A place for --out, its folder made where it is missing; KgrecError where no file can be written there."""
+    file = pathlib.Path(path).expanduser()
+    if file.is_dir():
+        raise KgrecError(f"--out: found a folder at {path}, expected a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(file.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise KgrecError(f"--out: found no way to write into {file.parent}, expected a folder that can be written or "
+                         "made; choose another FILE")
+    return file
+
+
 def write_ranked(path: pathlib.Path, user_ids: Sequence[str], item_ids: Sequence[str], items: Any, scores: Any) -> None:
     """The table user_id, item_id, rank, score of items and scores [Nu, k] (-1 ends a list); whole or not at all."""
-    if path.is_dir():
-        raise KgrecError(f"--out: found a folder at {path}, expected a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:

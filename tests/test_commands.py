@@ -84,7 +84,8 @@ def test_all_users_are_written_whole_or_not_at_all(fake, tmp_path, capsys, monke
     assert out.read_text() == written and len(list(out.parent.iterdir())) == 1
     capsys.readouterr()
     monkeypatch.setattr(Recommender, "load", staticmethod(lambda run: Fake(held_out=0)))
-    assert "expected a file" in wrong(["recommend", "R", "--all-users", "--out", str(tmp_path)], capsys)
+    assert "expected a file" in wrong(["recommend", "R", "--all-users", "--out", tmp_path], capsys)
+    assert "no way to write into" in wrong(["recommend", "R", "--all-users", "--out", out / "below" / "x"], capsys)
 
 
 @pytest.mark.parametrize("content, ids", [

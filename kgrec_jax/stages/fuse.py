@@ -165,7 +165,16 @@ def run(experiment: Any, run: Any) -> tuple[FusedModel, dict[str, Part], dict]:
     run.tracker.say("fuse: weights of the parts for warm items: " + ", ".join(
         f"{name} {weight:.2f}" for name, weight in zip(final.names, weights / weights.sum())))
     rows = {name: parts[name] for name in ROWS if name in parts}
-    return final, rows, {**dataclasses.asdict(choices), **learned, "names": list(final.names)}
+    told = {**dataclasses.asdict(choices), "skipped": {**choices.skipped, **_lacking(parts)}}
+    return final, rows, {**told, **learned, "names": list(final.names)}
+
+
+def _lacking(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Row -> why there is none, for those that follow from what is known of the items."""
+    out = {} if "text" in parts else {"text": "no item has a text or a name"}
+    if "features" not in parts and "ease" in parts:
+        out["features"] = "no item has words, graph neighbours or vectors to share with another"
+    return out
 
 
 def _learn(experiment: Any, run: Any, fitter: Fitter) -> dict:

@@ -68,10 +68,9 @@ def unit_rows(matrix: np.ndarray | sp.csr_matrix) -> np.ndarray | sp.csr_matrix:
 
 
 def item_texts(dataset: Any) -> list[str]:
-    """The text of each item that an encoder reads: its text columns, or its name where there are none."""
-    named = dataset.item_names != dataset.item_ids
-    pairs = zip(dataset.item_texts, dataset.item_names, strict=True)
-    return [text if text.strip() else (name if named else "") for text, name in pairs]
+    """The text of each item that an encoder reads: its text columns, its name where there are none, never its id."""
+    rows = zip(dataset.item_texts, dataset.item_names, dataset.item_ids, strict=True)
+    return [text if text.strip() else (name if name != item else "") for text, name, item in rows]
 
 
 def text_candidates(experiment: Any, run: Any) -> dict[str, Any]:
