@@ -11,6 +11,7 @@ def get_config() -> Experiment:
         name="quickstart",
         data=DataConfig(
             path="pypi:recbole==1.2.1#recbole/dataset_example/ml-100k", name="ml-100k",
-            split=SplitConfig(kind="random", cold_share=0.1)),
+            # Cold items come from the less touched half: what is new has had no time to become popular.
+            split=SplitConfig(kind="random", cold_share=0.1, cold_pool=0.5)),
         pretrain=pretrain.Config(head_steps=24, steps=36, batch=32, length=32),
         graph=graph.Config(steps=600, text_steps=200, text_batch=32, text_length=32))

@@ -45,7 +45,10 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     if until != "fuse":
         return None
     if held.done("fuse") is not None and (held.path / "report.json").is_file():
-        return read_report(held.path)
+        report = read_report(held.path)
+        if not quiet:
+            print_report(report)
+        return report
     return _fuse_and_report(held, quiet)
 
 

@@ -164,3 +164,15 @@ def test_the_given_lists_of_real_data(shared):
     folder = shared / "data" / "movietweetings-10core"
     split = make_split(read_folder(folder, DataConfig()), SplitConfig("cold-items", items=str(folder / "cold_items.txt")))
     assert len(split.cold_items) == len(split.valid_cold_items) == 181
+
+
+def test_cold_items_can_be_drawn_from_the_least_touched():
+    dataset = toy_world()
+    counts = np.bincount(dataset.interactions.item, minlength=dataset.num_items)
+    split = make_split(dataset, SplitConfig(kind="random", cold_share=0.1, cold_pool=0.3))
+    drawn = np.concatenate([split.cold_items, split.valid_cold_items])
+    touched = np.sort(counts[counts > 0])
+    assert len(drawn) == 2 * round(0.1 * len(touched))
+    assert counts[drawn].max() <= touched[round(0.3 * len(touched)) - 1]
+    with pytest.raises(KgrecError, match="cold_pool"):
+        make_split(dataset, SplitConfig(kind="random", cold_share=0.2, cold_pool=0.3))

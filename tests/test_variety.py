@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from kgrec_jax.data.dataset import Dataset
 from kgrec_jax.data.folder import DataConfig, write_folder, write_interactions
 from kgrec_jax.data.interactions import SplitConfig
 from kgrec_jax.data.toy import toy_world
+from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import fuse, graph, pretrain
@@ -162,6 +162,42 @@ def listed_cold(folder: Path) -> None:
     (folder / "cold.txt").write_text("item_id\n" + "".join(f"film{n}\n" for n in range(3, 40, 6)))
 
 
+def table(name: str, rows: Callable[[], list[str]], *absent: str) -> Callable[[Path], None]:
+    """The toy world with one table of other rows, and less some files."""
+    def write(folder: Path) -> None:
+        without(*absent)(folder)
+        (folder / name).write_text("".join(f"{row}\n" for row in rows()))
+    return write
+
+
+def one_text() -> list[str]:
+    """An item table in which a single item has a title."""
+    return ["item_id\ttitle", *(f"film{n}\t{'A film' if n == 7 else ''}" for n in range(ITEMS))]
+
+
+def equal_texts() -> list[str]:
+    """An item table in which all items read alike."""
+    return ["item_id\ttitle\ttext", *(f"film{n}\tSame\tthe same film" for n in range(ITEMS))]
+
+
+def unnamed() -> list[str]:
+    """Triples whose relation and entities have ids that say nothing; one of them stands alone, one is a loop."""
+    return ["head_id\trelation\ttail_id", *(f"film{n}\tm.r\tm.0{n % 5}x" for n in range(30)), "film40\tm.s\tm.9", "film41\tm.s\tfilm41"]
+
+
+def everything_known(folder: Path) -> None:
+    """A user who has touched all there is."""
+    plain(folder)
+    with open(folder / "interactions.tsv", "a") as log:
+        log.write("".join(f"greedy\tfilm{n}\t5.0\t{n}\n" for n in range(ITEMS)))
+
+
+def one_user(folder: Path) -> None:
+    """As little as can be cut into three parts and a rest."""
+    folder.mkdir()
+    (folder / "interactions.tsv").write_text("user_id\titem_id\n" + "".join(f"u\ti{n}\n" for n in range(4)) + "v\ti0\n")
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """Some data, how they are cut, and what has to be said of them."""
@@ -203,6 +239,12 @@ SLOW = {
     "fixed, without valid": Variant(fixed(False)),
     "media alone": Variant(media_alone, rows=("features",), absent=("text", "graph")),
     "ratings": Variant(plain, data={"min_rating": 4.0}, notes=("rated under 4",)),
+    "one user": Variant(one_user),
+    "one text": Variant(table("items.tsv", one_text, *GRAPH_FILES), text=True, rows=("text",)),
+    "equal texts": Variant(table("items.tsv", equal_texts), text=True),
+    "unnamed entities": Variant(table("triples.tsv", unnamed, "entities.tsv", "relations.tsv"), text=True,
+                                notes=("have no name",), rows=("graph",)),
+    "everything known": Variant(everything_known),
     "no valid": Variant(plain, SplitConfig(valid_share=0.0)),
 }
 
@@ -254,24 +296,30 @@ def check(variant: Variant, experiment: Experiment, folder: Path, report: Any) -
         assert [r["item_id"] for r in found] == [data.item_ids[i] for i in items[row] if i >= 0]
         assert all(np.isfinite(r["score"]) and r["reason"] and "\n" not in r["reason"] for r in found)
         np.testing.assert_allclose([r["score"] for r in found], scores[row][listed[row]], rtol=1e-4, atol=1e-4)
-    assert held.recommend(history=[held.item_names[0]], k=3)
-
-
-def go(variant: Variant, encoder: Path, root: Path) -> tuple[Experiment, Any]:
-    """Writes the data and runs everything, a warning of our own code being an error."""
-    variant.write(root / "data")
-    split = variant.split
-    if (root / "data" / "cold.txt").is_file():
-        split = dataclasses.replace(split, items=str(root / "data" / "cold.txt"))
-    experiment = settings(encoder, DataConfig(path=str(root / "data"), split=split, **variant.data), variant.text)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", module="kgrec_jax")
-        report = pipeline.run(experiment, root / "run", quiet=True)
-        check(variant, experiment, root / "run", report)
-    return experiment, report
+    assert held.recommend(history=[held.item_names[0]], k=1)
+    if held.query_index is None:
+        with pytest.raises(KgrecError, match="without any text"):
+            held.recommend(query="film")
+    else:
+        words = next(t for t in (*data.item_texts, *data.item_names) if t.strip())
+        assert held.recommend(query=words, k=3)
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_kind_of_data(encoders, tmp_path, name):
     variant = (QUICK | SLOW)[name]
-    go(variant, encoders["zh" if name == "chinese" else "en"], tmp_path)
+    data, run = tmp_path / "data", tmp_path / "run"
+    variant.write(data)
+    split = variant.split
+    if (data / "cold.txt").is_file():
+        split = dataclasses.replace(split, items=str(data / "cold.txt"))
+    encoder = encoders["zh" if name == "chinese" else "en"]
+    experiment = settings(encoder, DataConfig(path=str(data), split=split, **variant.data), variant.text)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="kgrec_jax")  # what our own code warns of
+        report = pipeline.run(experiment, run, quiet=True)
+        check(variant, experiment, run, report)
+        if name in SLOW:
+            held = pipeline.refit(run, tmp_path / "refit", quiet=True)
+            assert held.held_out == 0 and held.known.nnz == len(Run.open(run, experiment, quiet=True).dataset.interactions)
+            assert np.isfinite(held.all_users(3)[1][held.all_users(3)[0] >= 0]).all()

@@ -33,6 +33,7 @@ class SplitConfig:
     seed: int = 0  # of everything that is drawn
     items: str = ""  # cold-items: a file with one item id a line; "" draws the items
     cold_share: float = 0.0  # share of the items that leaves training (random: beside the cut; cold-items: 0 means 0.1)
+    cold_pool: float = 1.0  # share of the items, least touched first, that cold ones are drawn from: new ones are rare
     valid_share: float = 0.1  # share of each user's items (time: of all interactions) that chooses hyper-parameters
     test_share: float = 0.1  # share that is measured on
 
@@ -41,11 +42,11 @@ def make_split(dataset: Dataset, cfg: SplitConfig) -> Split:
     """Cut `dataset.interactions`.
 
     random: of each user's items `test_share` and `valid_share`, at least one each; users with fewer than three keep all
-    in train. With `cold_share`, that share of the items leaves training first and all its interactions are the test's,
-    and as many other items' are the valid's. leave-last-out: each user's last is the test's, the one before the
-    valid's. time: the same shares, of all interactions by time. cold-items: a given or drawn list is the test, as many
-    others the valid. fixed: the folder's files; without a valid file a share of each user's train rows is cut out, to
-    be given back.
+    in train. With `cold_share`, that share of the items (drawn from `cold_pool`) leaves training first and all its
+    interactions are the test's, and as many other items' are the valid's. leave-last-out: each user's last is the
+    test's, the one before the valid's. time: the same shares, of all interactions by time. cold-items: a given or drawn
+    list is the test, as many others the valid. fixed: the folder's files; without a valid file a share of each user's
+    train rows is cut out, to be given back.
     """
     kind = cfg.kind if cfg.kind != "auto" else "fixed" if dataset.has_fixed_split else "random"
     _check(dataset, cfg, kind)
@@ -75,6 +76,9 @@ def _check(dataset: Dataset, cfg: SplitConfig, kind: str) -> None:
     if not len(dataset.interactions):
         raise KgrecError(f"data.split: found no interactions in {dataset.name}, expected interactions.tsv or train.tsv "
                          f"and test.tsv; only pretrain and graph can run on it")
+    if not 0 < cfg.cold_pool <= 1 or 2 * cfg.cold_share > cfg.cold_pool:
+        raise KgrecError(f"data.split.cold_pool: found {cfg.cold_pool:g} with cold_share {cfg.cold_share:g}, expected a "
+                         "share above 0, at most 1 and at least twice the cold_share")
     for name in ("cold_share", "valid_share", "test_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise KgrecError(f"data.split.{name}: found {getattr(cfg, name):g}, expected a share from 0 to below 1")
@@ -139,7 +143,7 @@ def _random(dataset: Dataset, cfg: SplitConfig) -> tuple[np.ndarray, np.ndarray,
     log = dataset.interactions
     touched = np.unique(log.item)
     num_cold = round(cfg.cold_share * len(touched))
-    drawn = _rng(cfg, 1).permutation(touched)[:2 * num_cold].astype(np.int32)
+    drawn = _rng(cfg, 1).permutation(_cold_pool(log, touched, cfg))[:2 * num_cold].astype(np.int32)
     cold, valid_cold = np.sort(drawn[:num_cold]), np.sort(drawn[num_cold:])
     part = _cold_parts(dataset, cold, valid_cold)
     warm = np.flatnonzero(part == 0)
@@ -152,12 +156,19 @@ def _cold_items(dataset: Dataset, cfg: SplitConfig) -> tuple[np.ndarray, np.ndar
     if cfg.items:
         cold = _listed_items(dataset, pathlib.Path(cfg.items))
     else:
-        cold = _rng(cfg, 1).permutation(touched)[:max(round((cfg.cold_share or 0.1) * len(touched)), 1)]
+        pool = _cold_pool(dataset.interactions, touched, cfg)
+        cold = _rng(cfg, 1).permutation(pool)[:max(round((cfg.cold_share or 0.1) * len(touched)), 1)]
     rest = _rng(cfg, 2).permutation(np.setdiff1d(touched, cold))
     # As many again for the validation, but never more than half of what is left: something must be trained on.
     valid_cold = rest[:min(len(cold), len(rest) // 2)] if cfg.valid_share > 0 else rest[:0]
     cold, valid_cold = np.sort(cold).astype(np.int32), np.sort(valid_cold).astype(np.int32)
     return _cold_parts(dataset, cold, valid_cold), cold, valid_cold
+
+
+def _cold_pool(log: Interactions, touched: np.ndarray, cfg: SplitConfig) -> np.ndarray:
+    """The items that cold ones are drawn from, in order of their rows."""
+    counts = np.bincount(log.item)[touched]
+    return np.sort(touched[np.argsort(counts, kind="stable")[:max(round(cfg.cold_pool * len(touched)), 1)]])
 
 
 def _cold_parts(dataset: Dataset, cold: np.ndarray, valid_cold: np.ndarray) -> np.ndarray:

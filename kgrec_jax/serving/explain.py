@@ -36,6 +36,7 @@ NEW = "new: nobody has chosen it yet"
 UNKNOWN = "a guess: nothing is known yet of this user and this item"
 BEST_LEFT = "the best of what is left"  # every part speaks against the item, the others' parts more so
 _WORTH_A_CLAUSE = 0.2  # share of the score from which a part is named in the sentence
+_WORTH_A_NUMBER = 0.045  # share from which a part is listed behind the sentence: 5 %, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ def explain(
 def sentence(
     parts: Sequence[PartShare], shared: Sequence[SharedNeighbour], near: Sequence[NearItem], item_names: Sequence[str]
 ) -> str:
-    """One line: the strongest part's reason first, what the graph shares, then the shares of all parts.
+    """One line: the strongest part's reason first, what the graph shares, then the shares of the larger parts.
 
     What is added to every new item alike is no reason for this one: it is said in words and has no share.
     """
@@ -224,7 +225,7 @@ def sentence(
     if new:
         clauses.append(NEW)
     text = "; ".join(clauses)
-    percent = ", ".join(f"{p.part} {p.share:.0%}" for p in parts if abs(p.share) >= 0.005)
+    percent = ", ".join(f"{p.part} {p.share:.0%}" for p in parts if abs(p.share) >= _WORTH_A_NUMBER)
     return text[0].upper() + text[1:] + (f" ({percent})" if percent else "")
 
 

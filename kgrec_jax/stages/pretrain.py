@@ -204,6 +204,8 @@ def stage_encoder(experiment: Any, run: Any) -> Encoder:
     head = jax.eval_shape(functools.partial(bert.init_head, encoder.config), jax.random.key(0))
     backbone = {name: encoder.params[name] for name in ("embeddings", "encoder")}
     weights = checkpoint.load_tree(folder, {**backbone, "cls": head})
+    # Read onto one device and bound to it: by way of the host they go wherever a mesh of several needs them.
+    weights = jax.tree.map(jnp.asarray, jax.device_get(weights))
     return dataclasses.replace(encoder, params=weights, has_mlm_head=True)
 
 
