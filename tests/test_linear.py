@@ -72,7 +72,7 @@ def test_leave_one_out_equals_refits_without_the_item(matrix):
     features = rng.normal(size=(25, 6)).astype(np.float32)
     k = ridge.kernel(features)
     weights = ease(matrix, 10.0).weights
-    found = ridge.leave_one_out(weights, k, 0.5)
+    found = ridge.leave_one_out(weights, ridge.inverse(k, 0.5))
     for item in (0, 7):
         rest = np.arange(25) != item
         alpha = np.linalg.solve(k[np.ix_(rest, rest)] + 0.5 * np.eye(24), k[rest, item])
@@ -106,3 +106,18 @@ def test_choices_prefer_the_block_that_knows(matrix):
     found = choose_linear(log, heldout, with_ease=True, say=lambda text: None)
     assert found.scores["collaborative"] >= found.scores["ease"]
     assert 0 <= judge(ItemWeights(np.zeros((24, 24), np.float32), np.ones(24, bool)), log, heldout) <= 1
+
+
+def test_the_comparison_ranks_by_the_leave_one_out_weights(matrix):
+    """The shortcut through the histories gives the recall of the weights themselves."""
+    rng = np.random.default_rng(5)
+    k = ridge.kernel(rng.normal(size=(25, 6)).astype(np.float32))
+    part = ease(matrix, 10.0)
+    warm = np.flatnonzero(part.known)
+    log = matrix[:, warm]
+    choice = ridge.choose(matrix, part, {"noise": k}, fold_items=100, k=5)
+    weights = part.weights[np.ix_(warm, warm)]
+    scores = log @ ridge.leave_one_out(weights, ridge.inverse(k[np.ix_(warm, warm)], choice.l2))
+    top = np.argsort(-scores, axis=1)[:, :5]
+    found = np.take_along_axis(log.toarray(), top, axis=1).sum(1) / np.maximum(log.getnnz(axis=1), 1)
+    assert choice.score == pytest.approx(found[log.getnnz(axis=1) > 0].mean(), abs=1e-6)

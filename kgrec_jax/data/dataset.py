@@ -38,12 +38,14 @@ class Interactions:
     @staticmethod
     def empty() -> Interactions:
         """No interaction at all."""
-        return Interactions(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+        none = np.zeros(0, np.int32)
+        return Interactions(none, none, none.astype(np.float32), none.astype(np.int64))
 
     @staticmethod
     def concatenate(parts: list[Interactions]) -> Interactions:
         """All rows of `parts`, one after another."""
-        return Interactions(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Interactions)))
+        names = [f.name for f in dataclasses.fields(Interactions)]
+        return Interactions(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,8 @@ class HistoryBatches:
         order = np.lexsort((np.arange(len(log)), log.timestamp, log.user))
         user, item = log.user[order], log.item[order]
         starts = np.flatnonzero(np.diff(user, prepend=-1))
-        return HistoryBatches(tuple(np.split(item, starts[1:])), num_steps, batch, max_history, max_targets, hidden_share, seed)
+        return HistoryBatches(tuple(np.split(item, starts[1:])), num_steps, batch, max_history, max_targets,
+                              hidden_share, seed)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -63,5 +64,6 @@ class HistoryBatches:
         count = len(self.items)
         position = np.arange(step * self.batch, (step + 1) * self.batch)
         epochs = position // count
-        orders = {epoch: np.random.default_rng((self.seed, 1 << 40, int(epoch))).permutation(count) for epoch in np.unique(epochs)}
+        orders = {epoch: np.random.default_rng((self.seed, 1 << 40, int(epoch))).permutation(count)
+                  for epoch in np.unique(epochs)}
         return np.array([orders[epoch][at] for epoch, at in zip(epochs, position % count)])

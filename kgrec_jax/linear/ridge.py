@@ -5,8 +5,8 @@ For warm items w with features F_w, EASE weights B (history → warm item) and a
     W[:, c] = B (K_ww + λ I)⁻¹ k_wc,     K = Σ_b weight_b F_b F_bᵀ,
 
 a kernel ridge regression of each user's EASE scores on item features that is linear in the history, so it serves new
-users as well. A warm item's own column uses the leave-one-out form of the same regression: the part then says about warm
-items what it would have said had they been cold, its scale is the same for both, and every warm item serves as a
+users as well. A warm item's own column uses the leave-one-out form of the same regression: the part then says about
+warm items what it would have said had they been cold, its scale is the same for both, and every warm item serves as a
 validation item at no cost.
 """
 
@@ -16,9 +16,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse as sp
 
+from kgrec_jax.linear.ease import FLOAT64_BELOW, invert_spd
 from kgrec_jax.linear.parts import ItemWeights
 
 L2 = (1.0, 3.0, 10.0, 30.0)  # λ, in units of the mean diagonal of the kernel
@@ -55,19 +55,26 @@ def _combine(kernels: Mapping[str, np.ndarray], weights: Mapping[str, float]) ->
     return sum(np.float32(weight) * kernels[name] for name, weight in weights.items())
 
 
-def leave_one_out(ease_weights: np.ndarray, kernel_warm: np.ndarray, l2: float) -> np.ndarray:
-    """[w, w]: EASE weights of each warm item predicted from all the others; the diagonal is 0.
-
-    A zero diagonal also takes the item itself out of the histories, as if nobody had touched it.
-    """
-    dtype = _dtype(len(kernel_warm))
-    system = kernel_warm.astype(dtype)
+def inverse(kernel_warm: np.ndarray, l2: float) -> np.ndarray:
+    """(K + λ I)⁻¹, [w, w]; float64 below 5,000 items, else float32."""
+    system = np.array(kernel_warm, np.float64 if len(kernel_warm) < FLOAT64_BELOW else np.float32, order="F")
     system[np.diag_indices(len(system))] += l2
-    smoother = scipy.linalg.solve(system, kernel_warm.astype(dtype), assume_a="pos", overwrite_a=True, overwrite_b=True)
-    leverage = np.minimum(np.diagonal(smoother), 1.0 - 1e-6).astype(np.float32)
-    out = (ease_weights @ smoother.astype(np.float32) - ease_weights * leverage[None, :]) / (1.0 - leverage[None, :])
+    return invert_spd(system, "fuse.content.l2")
+
+
+def leave_one_out(ease_weights: np.ndarray, inverted: np.ndarray) -> np.ndarray:
+    """[w, w]: EASE weights B of each warm item predicted from all the others, B − (B C) / diag(C); the diagonal is 0.
+
+    `inverted` is C = (K + λ I)⁻¹. A zero diagonal also takes the item itself out of the histories, as if nobody had
+    touched it.
+    """
+    out = ease_weights - (ease_weights @ inverted.astype(np.float32)) / _diagonal(inverted)[None, :]
     np.fill_diagonal(out, 0.0)
     return out
+
+
+def _diagonal(inverted: np.ndarray) -> np.ndarray:
+    return np.diagonal(inverted).astype(np.float32)
 
 
 def _recall(scores: np.ndarray, relevant: sp.csr_matrix, k: int) -> float:
@@ -91,7 +98,8 @@ def choose(train: sp.csr_matrix, ease_part: ItemWeights, kernels: Mapping[str, n
 
     Args:
       train: [Nu, I] binary. kernels: name → [I, I] from `kernel`.
-      fold_items: items ranked against each other, as cold items will be. max_users, max_items: drawn for the comparison.
+      fold_items: items ranked against each other, as cold items will be.
+      max_users, max_items: drawn for the comparison.
     """
     rng = np.random.default_rng(seed)
     warm = np.flatnonzero(ease_part.known)
@@ -103,13 +111,18 @@ def choose(train: sp.csr_matrix, ease_part: ItemWeights, kernels: Mapping[str, n
     histories = train[users][:, warm]
     folds = np.array_split(rng.permutation(len(warm)), max(1, len(warm) // fold_items))
     weights = np.asarray(ease_part.weights[np.ix_(warm, warm)], np.float32)
+    carried = histories @ weights  # [users, w]
     on_warm = {name: matrix[np.ix_(warm, warm)] for name, matrix in kernels.items()}
     tried: dict[tuple, float] = {}
 
     def value(blocks: Mapping[str, float], l2: float) -> float:
         key = (tuple(sorted(blocks.items())), l2)
         if key not in tried:
-            scores = histories @ leave_one_out(weights, _combine(on_warm, blocks), l2)
+            # histories @ leave_one_out(weights, C), whose diagonal is 0, without the product of two w × w matrices.
+            inverted = inverse(_combine(on_warm, blocks), l2)
+            own = np.einsum("ij,ji->i", weights, inverted).astype(np.float32) / _diagonal(inverted)
+            scores = carried - (carried @ inverted.astype(np.float32)) / _diagonal(inverted)[None, :]
+            scores += histories.multiply(own[None, :]).toarray()
             tried[key] = float(np.mean([_recall(scores[:, fold], histories[:, fold], k) for fold in folds]))
         return tried[key]
 
@@ -147,12 +160,14 @@ def content(ease_part: ItemWeights, kernel: np.ndarray, l2: float) -> ItemWeight
     warm = np.flatnonzero(ease_part.known)
     known = np.diagonal(kernel) > 0
     cold = np.flatnonzero(~ease_part.known & known)
-    to_warm = np.asarray(ease_part.weights[np.ix_(warm, warm)], np.float32)
     weights = np.zeros(kernel.shape, np.float32)
-    weights[np.ix_(warm, warm)] = leave_one_out(to_warm, kernel[np.ix_(warm, warm)], l2)
-    if len(cold) and len(warm):
-        carried = scipy.linalg.solve(_system(kernel, warm, l2), kernel[np.ix_(warm, cold)].astype(_dtype(len(warm))),
-                                     assume_a="pos", overwrite_a=True)
+    if not len(warm):
+        return ItemWeights(weights, known)
+    inverted = inverse(kernel[np.ix_(warm, warm)], l2)
+    to_warm = np.asarray(ease_part.weights[np.ix_(warm, warm)], np.float32)
+    weights[np.ix_(warm, warm)] = leave_one_out(to_warm, inverted)
+    if len(cold):
+        carried = inverted @ kernel[np.ix_(warm, cold)].astype(inverted.dtype)
         weights[np.ix_(warm, cold)] = to_warm @ carried.astype(np.float32)
     return ItemWeights(weights, known)
 
@@ -163,19 +178,8 @@ def predicted(values: np.ndarray, known: np.ndarray, kernel: np.ndarray, l2: flo
     if not len(warm):
         return np.zeros(len(values), np.float32)
     mean = values[warm].mean()
-    inverse = scipy.linalg.inv(_system(kernel, warm, l2), overwrite_a=True)
-    alpha = inverse @ (values[warm] - mean).astype(inverse.dtype)
+    inverted = inverse(kernel[np.ix_(warm, warm)], l2)
+    alpha = inverted @ (values[warm] - mean).astype(inverted.dtype)
     out = (kernel[:, warm] @ alpha).astype(np.float32)
-    out[warm] = (values[warm] - mean - alpha / np.diagonal(inverse)).astype(np.float32)  # leave-one-out residuals
+    out[warm] = (values[warm] - mean - alpha / np.diagonal(inverted)).astype(np.float32)  # leave-one-out residuals
     return out + np.float32(mean)
-
-
-def _dtype(num_items: int) -> type:
-    return np.float64 if num_items < 5_000 else np.float32
-
-
-def _system(kernel: np.ndarray, warm: np.ndarray, l2: float) -> np.ndarray:
-    """K_ww + λ I."""
-    system = kernel[np.ix_(warm, warm)].astype(_dtype(len(warm)))
-    system[np.diag_indices(len(warm))] += l2
-    return system

@@ -1,8 +1,9 @@
 """Towers: item vectors from text, graph, media and a free row, and user vectors from histories of them.
 
 An item's vector is a sum of its parts, so the score of a user's vector against it is a sum over the same parts and a
-recommendation decomposes into them exactly. Parts that an item lacks are masked out; in training whole parts are dropped
-at random, the free row above all, which is what makes the others carry a cold item (DropoutNet; Volkovs et al. 2017).
+recommendation decomposes into them exactly. Parts that an item lacks are masked out; in training whole parts are
+dropped at random, the free row above all, which is what makes the others carry a cold item (DropoutNet; Volkovs et al.
+2017).
 """
 
 from __future__ import annotations
@@ -63,11 +64,13 @@ class GraphTower(nn.Module):
         # W [V_j ⊕ U_r] as W_V V_j + W_U U_r: each table is multiplied once and not once an edge.
         tails = nn.Dense(self.width, use_bias=False, name="tail")(entity)  # [N, D]
         relations = nn.Dense(self.width, name="relation")(relation)  # [2R, D]
-        message = nn.tanh(jnp.take(tails, features.tail, axis=0) + jnp.take(relations, features.edge_relation, axis=0))  # [E, D]
+        edges = jnp.take(tails, features.tail, axis=0) + jnp.take(relations, features.edge_relation, axis=0)
+        message = nn.tanh(edges)  # [E, D]
         logits = nn.Dense(1, use_bias=False, name="attention")(message)[:, 0] + (
             jnp.take(own, features.head, axis=0) * message).sum(-1) / jnp.sqrt(jnp.float32(self.width))  # [E]
         highest = jax.ops.segment_max(logits, features.head, num_items, indices_are_sorted=True)
-        raised = jnp.exp(logits - jnp.take(jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0.0)), features.head))
+        highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0.0))
+        raised = jnp.exp(logits - jnp.take(highest, features.head))
         total = jax.ops.segment_sum(raised, features.head, num_items, indices_are_sorted=True)
         pooled = jax.ops.segment_sum(raised[:, None] * message, features.head, num_items, indices_are_sorted=True)
         pooled = pooled / jnp.maximum(total, 1e-9)[:, None]  # [I, D]
@@ -85,7 +88,8 @@ class ItemTower(nn.Module):
         parts = {}
         for name in sorted(features.vectors):
             hidden = nn.Dense(self.cfg.width, name=f"{name}_in")(features.vectors[name])  # [I, D]
-            parts[name] = nn.Dense(self.cfg.width, use_bias=False, name=f"{name}_out")(nn.gelu(hidden, approximate=True)) + hidden
+            bent = nn.gelu(hidden, approximate=True)
+            parts[name] = nn.Dense(self.cfg.width, use_bias=False, name=f"{name}_out")(bent) + hidden
         if features.head.shape[0]:
             parts["graph"] = GraphTower(self.cfg.width, name="graph")(features, self.num_items)
         free = self.param("item_embeddings", nn.initializers.normal(0.1), (self.num_items, self.cfg.width))
@@ -130,9 +134,11 @@ class HistoryTower(nn.Module):
             weights = mask.astype(hidden.dtype)  # [B, H]
             pooled = (weights[..., None] * hidden).sum(1) / jnp.maximum(weights.sum(1, keepdims=True), 1.0)
         else:
-            logits = nn.Dense(1, use_bias=False, name="pool")(nn.tanh(nn.Dense(cfg.width, name="pool_in")(hidden)))[..., 0]
+            bent = nn.tanh(nn.Dense(cfg.width, name="pool_in")(hidden))
+            logits = nn.Dense(1, use_bias=False, name="pool")(bent)[..., 0]  # [B, H]
             pooled = (_safe_softmax(logits, mask)[..., None] * hidden).sum(1)  # [B, D]
-        out = pooled + nn.Dense(cfg.width, use_bias=False, kernel_init=nn.initializers.zeros, name="out")(nn.tanh(pooled))
+        turn = nn.Dense(cfg.width, use_bias=False, kernel_init=nn.initializers.zeros, name="out")
+        out = pooled + turn(nn.tanh(pooled))
         return jnp.where(mask.any(-1, keepdims=True), out, 0.0)
 
     def _block(self, x: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
@@ -140,13 +146,15 @@ class HistoryTower(nn.Module):
         batch, length, width = x.shape
         heads = self.cfg.heads
         normed = nn.LayerNorm(name=f"norm_{layer}")(x)
-        query, key, value = (nn.Dense(width, name=f"{n}_{layer}")(normed).reshape(batch, length, heads, -1) for n in ("query", "key", "value"))
+        query, key, value = (nn.Dense(width, name=f"{name}_{layer}")(normed).reshape(batch, length, heads, -1)
+                             for name in ("query", "key", "value"))
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(jnp.float32(width // heads))
         weights = _safe_softmax(logits, mask[:, None, None, :])
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, width)
         x = x + nn.Dense(width, name=f"mix_{layer}")(mixed)
         normed = nn.LayerNorm(name=f"norm_feed_{layer}")(x)
-        return x + nn.Dense(width, name=f"feed_out_{layer}")(nn.gelu(nn.Dense(2 * width, name=f"feed_{layer}")(normed), approximate=True))
+        wide = nn.gelu(nn.Dense(2 * width, name=f"feed_{layer}")(normed), approximate=True)
+        return x + nn.Dense(width, name=f"feed_out_{layer}")(wide)
 
 
 class Towers(nn.Module):
@@ -160,8 +168,9 @@ class Towers(nn.Module):
         self.history = HistoryTower(self.cfg)
         self.log_scale = self.param("log_scale", nn.initializers.constant(-jnp.log(self.cfg.temperature)), ())
 
-    def __call__(self, features: ItemFeatures, history: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
-        """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H] int32, -1 = none."""
+    def __call__(self, features: ItemFeatures, history: jax.Array,
+                 deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+        """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H], -1 = none."""
         vectors = self.item_vectors(features, deterministic)
         return self.user_vectors(vectors, history, deterministic), vectors
 

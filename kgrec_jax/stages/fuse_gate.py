@@ -1,4 +1,4 @@
-"""Learning the gate on interactions that none of its parts was fitted on, and checking it against the best part alone."""
+"""Learning the gate on interactions that none of its parts was fitted on, and checking it against the best part."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ class HeldOut:
     def users(self, limit: int, seed: int) -> np.ndarray:
         """Rows of the users with a history and something to be found, at most `limit` of them, in order."""
         users = np.flatnonzero((self.relevant.getnnz(axis=1) > 0) & (self.histories.matrix.getnnz(axis=1) > 0))
-        return users if len(users) <= limit else np.sort(np.random.default_rng(seed).choice(users, limit, replace=False))
+        if len(users) > limit:
+            users = np.sort(np.random.default_rng(seed).choice(users, limit, replace=False))
+        return users
 
 
 def gate_loss(cfg: GateConfig, joint: bool, params: Any, constants: Any, batch: GateBatch,

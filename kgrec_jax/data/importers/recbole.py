@@ -25,7 +25,8 @@ def import_recbole(source: Path, out: Path, split: Path | None = None, links: Li
     `split` is a folder with train.tsv, test.tsv and perhaps valid.tsv by the same ids: it replaces the .inter file, and
     the items are then those that it names (RecBole ranks no others). Without it NAME.{train,valid,test}.inter are a
     fixed split, and NAME.inter is to be split. `links`: whether items are joined to the entities of the .link file;
-    auto does so unless the item table contradicts it. `out` must not exist or be empty; it appears complete or not at all.
+    auto does so unless the item table contradicts it. `out` must not exist or be empty; it appears complete or not at
+    all.
     """
     source, out = Path(source), Path(out)
     if not source.is_dir():
