@@ -5,11 +5,13 @@ A checkpoint is written under a temporary name and renamed: it is whole or it is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +21,19 @@ from orbax.checkpoint import v1 as ocp
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.sharding import path_name
 from kgrec_jax.tracking import is_main_process
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise on a damaged folder (a dozen types) into one line."""
+    try:
+        yield
+    except KgrecError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise KgrecError(f"{path}: found a damaged checkpoint ({type(error).__name__}: {first}), expected what a run "
+                         "wrote; remove the folder of this stage and run it again") from error
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
@@ -38,11 +53,12 @@ def load_tree(path: str | os.PathLike, abstract: Any = None) -> Any:
     KgrecError where the folder holds no checkpoint or another tree.
     """
     path = _existing(path)
-    stored = ocp.metadata(path).metadata
-    if abstract is None:
-        return ocp.load(path, jax.tree.map(_as_numpy, stored))
-    _check(path, stored, abstract, partial=False)
-    return ocp.load(path, jax.tree.map(_abstract_leaf, abstract))
+    with _readable(path):
+        stored = ocp.metadata(path).metadata
+        if abstract is None:
+            return ocp.load(path, jax.tree.map(_as_numpy, stored))
+        _check(path, stored, abstract, partial=False)
+        return ocp.load(path, jax.tree.map(_abstract_leaf, abstract))
 
 
 def load_part(path: str | os.PathLike, abstract: Any) -> Any:
@@ -52,8 +68,9 @@ def load_part(path: str | os.PathLike, abstract: Any) -> Any:
     {"step", "params", "opt_state"}). Raises KgrecError where a leaf is missing or has another shape.
     """
     path = _existing(path)
-    _check(path, ocp.metadata(path).metadata, abstract, partial=True)
-    return _load_part(path, abstract)
+    with _readable(path):
+        _check(path, ocp.metadata(path).metadata, abstract, partial=True)
+        return _load_part(path, abstract)
 
 
 def _load_part(path: pathlib.Path, abstract: Any) -> Any:
@@ -126,13 +143,15 @@ class Checkpoints:
         folder = pathlib.Path(folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._checkpointer = ocp.training.Checkpointer(
-            folder, preservation_policy=_LatestAndBest(), cleanup_tmp_directories=True)
+        with _readable(folder):
+            self._checkpointer = ocp.training.Checkpointer(
+                folder, preservation_policy=_LatestAndBest(), cleanup_tmp_directories=True)
 
     @property
     def latest(self) -> int | None:
         """The last step that was saved whole."""
-        found = self._checkpointer.latest
+        with _readable(self.folder):
+            found = self._checkpointer.latest
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, meta: dict, best_step: int = -1) -> None:
@@ -146,12 +165,14 @@ class Checkpoints:
     def load(self, step: int, abstract_state: Any, part: bool = False) -> Any:
         """The state of `step`, or the part of it that is named, on the devices that `abstract_state` names."""
         path = self.folder / str(step)
-        _check(path, ocp.metadata(path).metadata, abstract_state, partial=part)
-        return _load_part(path, abstract_state)
+        with _readable(path):
+            _check(path, ocp.metadata(path).metadata, abstract_state, partial=part)
+            return _load_part(path, abstract_state)
 
     def load_meta(self, step: int) -> dict:
         """The JSON of `step`."""
-        return json.loads(self._checkpointer.metadata(step).custom_metadata["meta"])
+        with _readable(self.folder / str(step)):
+            return json.loads(self._checkpointer.metadata(step).custom_metadata["meta"])
 
     def wait(self) -> None:
         """Returns when everything is on the disk."""

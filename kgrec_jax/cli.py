@@ -62,6 +62,9 @@ SUMMARIES = {
     "refit": "a run's chosen configuration fitted on all interactions, for use",
     "recommend": "lists with reasons: for a user, a history, a query, or all users",
     "data": "look into a dataset folder (check), or make one (import)",
+    "finetune": "tune an encoder for classes, pairs, numbers or better sentence vectors",
+    "bench": "speed, memory and quality on the device at hand",
+    "encoder": "a run's encoder for others to use (export)",
 }
 
 
@@ -118,6 +121,14 @@ def _dispatch(argv: list[str]) -> int:
         return _run(name, rest)
     if name == "data":
         return _data(rest)
+    if name == "encoder":
+        from kgrec_jax import encoder_commands
+
+        return encoder_commands.main(rest)
+    if name in ("finetune", "bench"):
+        from kgrec_jax import bench_commands, finetune_commands
+
+        return bench_commands.bench(rest) if name == "bench" else finetune_commands.finetune(*_take(rest, "--workdir"))
     parsers: dict[str, Callable[[], argparse.ArgumentParser]] = {
         "evaluate": _evaluate_parser, "refit": _refit_parser, "recommend": _recommend_parser}
     if name not in parsers:

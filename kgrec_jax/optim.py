@@ -1,9 +1,12 @@
-"""Optimisers: a schedule, clipping, weight decay where it belongs, and a small state for large tables."""
+"""Optimisers: a schedule, clipping, weight decay where it belongs, a small state for large tables, and what a step does
+with gradients and weights beside: accumulation over parts of a batch, a moving average."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +26,8 @@ class OptimConfig:
     warmup_share: float = 0.1  # share of the steps in which the learning rate rises from zero
     schedule: Literal["constant", "cosine", "linear"] = "cosine"  # how it falls after the warm-up, to zero at the end
     weight_decay: float = 0.0  # decoupled; not on biases, normalisation scales and other vectors
+    no_decay_patterns: tuple[str, ...] = ()  # what else is spared from it: regular expressions on paths like a/b/c
+    layer_decay: float = 1.0  # learning rate of a layer over that of the layer above it; 1: the same everywhere
     clip_norm: float = 1.0  # largest global norm of the gradients; 0: never clipped
     b1: float = 0.9  # adamw: decay of the first moment; sgd: momentum
     b2: float = 0.999  # adamw: decay of the second moment
@@ -70,7 +75,8 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     inner = {"adamw": lambda: optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
              "adagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.1, eps=cfg.eps),
              "sgd": lambda: optax.trace(cfg.b1) if cfg.b1 else optax.identity()}
-    dense = optax.chain(inner[cfg.name](), *_decay(cfg), scale_by_schedule(learning_rate(cfg, num_steps)))
+    by_layer = [scale_by_layer(cfg.layer_decay)] if cfg.layer_decay != 1.0 else []
+    dense = optax.chain(inner[cfg.name](), *_decay(cfg), *by_layer, scale_by_schedule(learning_rate(cfg, num_steps)))
     table = optax.chain(rowwise_adagrad(), *_decay(cfg),
                         scale_by_schedule(learning_rate(cfg, num_steps, cfg.table_peak_lr)))
     parts = {"dense": dense, "frozen": optax.set_to_zero()}
@@ -135,11 +141,98 @@ def scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def decays(params: Any) -> Any:
-    """Which parameters weight decay acts on: matrices and tables, not biases, scales and other vectors."""
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Multiplies the updates of a parameter by decay**(layers above it): what lies deep moves less.
+
+    The head counts as the top; layer k of n (paths with layer/k/ or h/k/) has n − k above it, the embeddings n + 1.
+    (Layer-wise rate decay: Howard & Ruder, 2018; Clark et al., 2020, ELECTRA.)
+    """
+
+    def update(updates, state, params=None):
+        del params
+        above = layers_above(updates)
+        return jax.tree.map(lambda u, n: u * jnp.asarray(decay**n, u.dtype), updates, above), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def layers_above(params: Any) -> Any:
+    """Like `params`, the number of layers above each parameter: 0 for a head, most for the embeddings."""
+    places = [_layer(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    top = max((p for p in places if p is not None), default=-1) + 1
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: top - (top if (at := _layer(path_name(path))) is None else at), params)
+
+
+def _layer(name: str) -> int | None:
+    """The number of the layer that a parameter is in: -1 for embeddings, None for what lies above all layers."""
+    found = re.search(r"(?:^|/)(?:layer|h)/(\d+)/", name)
+    if found:
+        return int(found[1])
+    return -1 if re.search(r"(^|/)(embeddings|wte|wpe)(/|$)", name) else None
+
+
+def accumulated(loss_fn: Callable, parts: int) -> Callable:
+    """(params, constants, batch, key) -> ((loss, metrics), gradients), the batch taken in `parts` equal parts.
+
+    Row i of a batch [parts · B, …] is in part i modulo `parts` (so each device splits its own rows). The loss must be a
+    mean whose numerator and denominator it gives as metrics["loss"]: the gradients are then those of the whole batch,
+    up to rounding, at the memory of one part. Other metrics are summed if they are (sum, count) pairs, else averaged.
+    Part i draws from fold_in(key, i). Raises KgrecError for a batch that does not divide, or a loss without the pair.
+    """
+
+    def split(x):
+        if not jnp.ndim(x):
+            return jnp.broadcast_to(x, (parts,))
+        if x.shape[0] % parts:
+            raise KgrecError(f"accumulate: found a batch of {x.shape[0]} rows, expected a multiple of {parts}")
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)  # [parts, B, …]
+
+    def total_fn(params, constants, batch, key):
+        loss, metrics = loss_fn(params, constants, batch, key)
+        if not isinstance(metrics.get("loss"), tuple):
+            raise KgrecError("accumulate: found a loss without its (sum, count) in metrics['loss'], expected the pair")
+        pairs = {n: v if isinstance(v, tuple) else (v, jnp.ones((), jnp.float32)) for n, v in metrics.items()}
+        return loss * jax.lax.stop_gradient(pairs["loss"][1]), pairs
+
+    def run(params, constants, batch, key):
+        def step(carry, part):
+            index, rows = part
+            grads, pairs = jax.grad(total_fn, has_aux=True)(params, constants, rows, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (grads, pairs)), None
+
+        rows = jax.tree.map(split, batch)
+        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+            jax.grad(total_fn, has_aux=True), params, constants, jax.tree.map(lambda x: x[0], rows), key))
+        (grads, pairs), _ = jax.lax.scan(step, first, (jnp.arange(parts), rows))
+        total, count = pairs["loss"]
+        count = jnp.maximum(count, jnp.ones_like(count))
+        return (total / count, pairs), jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+
+    return run
+
+
+def ema_update(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """The exponential moving average after `step` updates ([] int32, this one included).
+
+    The decay grows as (1 + step) / (10 + step) until it has reached `decay`, so that a short run's average is not
+    that of its first weights.
+    """
+    step = step.astype(jnp.float32)
+    keep = jnp.minimum(jnp.float32(decay), (jnp.float32(1) + step) / (jnp.float32(10) + step))
+    return jax.tree.map(lambda a, p: a + (jnp.float32(1) - keep).astype(a.dtype) * (p - a), average, params)
+
+
+def decays(params: Any, spared: tuple[str, ...] = ()) -> Any:
+    """Which parameters weight decay acts on: matrices and tables, not biases, scales and other vectors.
+
+    Nor on what a regular expression of `spared` finds in the path.
+    """
 
     def one(path, leaf):
-        return leaf.ndim > 1 and not re.search(r"(^|/)(bias|scale)$", path_name(path))
+        name = path_name(path)
+        vector = leaf.ndim <= 1 or re.search(r"(^|/)(bias|scale)$", name)
+        return not vector and not any(re.search(pattern, name) for pattern in spared)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -150,17 +243,20 @@ def _row_scale(sum_of_squares: jax.Array, eps: float, like: jax.Array) -> jax.Ar
 
 
 def _decay(cfg: OptimConfig) -> list[optax.GradientTransformation]:
-    return [optax.add_decayed_weights(cfg.weight_decay, decays)] if cfg.weight_decay else []
+    if not cfg.weight_decay:
+        return []
+    return [optax.add_decayed_weights(cfg.weight_decay, functools.partial(decays, spared=cfg.no_decay_patterns))]
 
 
 def _check(cfg: OptimConfig) -> None:
     at_least_zero = [(name, 0, None) for name in ("peak_lr", "table_peak_lr", "clip_norm", "weight_decay", "eps")]
-    for name, low, high in [*at_least_zero, ("warmup_share", 0, 1), ("b1", 0, 1), ("b2", 0, 1)]:
+    for name, low, high in [*at_least_zero, ("warmup_share", 0, 1), ("b1", 0, 1), ("b2", 0, 1),
+                            ("layer_decay", 0, 1)]:
         value = getattr(cfg, name)
         if not value >= low or (high is not None and value > high):
             span = f"at least {low}" if high is None else f"{low} to {high}"
             raise KgrecError(f"optim.{name}: found {value}, expected {span}")
-    for name in ("table_patterns", "frozen_patterns"):
+    for name in ("table_patterns", "frozen_patterns", "no_decay_patterns"):
         for pattern in getattr(cfg, name):
             try:
                 re.compile(pattern)

@@ -31,6 +31,7 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     if until not in STAGES:
         raise KgrecError(f"until: found {until!r}, expected one of {', '.join(STAGES)}")
     compilation_cache.enable()
+    check(experiment)
     held = Run.open(workdir, experiment, quiet)
     for note in held.dataset.notes:
         held.tracker.say(f"note: {note}")
@@ -52,8 +53,16 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     return _fuse_and_report(held, quiet)
 
 
-def evaluate_run(workdir: pathlib.Path | str, quiet: bool = False) -> Report:
-    """Ranks the test of a finished run anew and writes its report; nothing is trained."""
+def check(experiment: Experiment) -> None:
+    """Refuses what no stage could work with, before a folder is made."""
+    if experiment.seed < 0:
+        raise KgrecError(f"seed: found {experiment.seed}, expected at least 0")
+    for stage, cfg in ((pretrain, experiment.pretrain), (graph, experiment.graph), (fuse, experiment.fuse)):
+        stage.check(cfg)
+
+
+def evaluate_run(workdir: pathlib.Path | str, quiet: bool = False) -> Report | None:
+    """Ranks the test of a finished run anew and writes its report, None without a test; nothing is trained."""
     compilation_cache.enable()
     held = _open(workdir, quiet)
     return _fuse_and_report(held, quiet)
@@ -66,14 +75,14 @@ def refit(workdir: pathlib.Path | str, out: pathlib.Path | str, quiet: bool = Fa
     """
     compilation_cache.enable()
     held, out = _open(workdir, quiet), pathlib.Path(out)
-    if (out / "recommender").exists() or (out.is_dir() and any(out.iterdir()) and not (out / "refit.json").is_file()):
+    left = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if left - {"tower"}:  # a refit that was broken off leaves its towers' training, and goes on with it
         raise KgrecError(f"OUT: found something in {out} already, expected a new or empty folder; choose another")
-    write_json(out / "refit.json", {"format_version": FORMAT_VERSION, "run": held.path.name,
-                                    "interactions": len(held.dataset.interactions)})
     model, log = fuse.refit(held.experiment, held, out)
     shape = held.dataset.num_users, held.dataset.num_items
     recommender = Recommender.build(held, model, log=log, known=log.matrix(*shape), held_out=0)
     recommender.save(out / "recommender")
+    write_json(out / "refit.json", {"format_version": FORMAT_VERSION, "run": held.path.name, "interactions": len(log)})
     held.tracker.say(f"refit on {len(log):,} interactions: kgrec recommend {out} --user ID")
     return recommender
 
@@ -89,7 +98,7 @@ def _open(workdir: pathlib.Path | str, quiet: bool) -> Run:
     return held
 
 
-def _fuse_and_report(held: Run, quiet: bool) -> Report:
+def _fuse_and_report(held: Run, quiet: bool) -> Report | None:
     """Fits (or reads) the fused model, ranks the test, writes recommender, report and plots."""
     began = time.monotonic()
     model, rows, results = fuse.run(held.experiment, held)
@@ -97,6 +106,11 @@ def _fuse_and_report(held: Run, quiet: bool) -> Report:
     wall = before.get("wall_seconds", time.monotonic() - began)
     began = time.monotonic()
     recommender = Recommender.from_run(held, model)
+    if not len(held.split.test):
+        recommender.save(held.path / "recommender")
+        held.tracker.say("nothing was held out to measure on (data.split.test_share is 0): no report")
+        held.finish("fuse", {**results, "wall_seconds": wall})
+        return None
     report = evaluate(held, recommender, rows, results, wall)
     recommender.save(held.path / "recommender")
     draw_plots(report.models, held.path)

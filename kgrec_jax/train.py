@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kgrec_jax.checkpoint import Checkpoints
 from kgrec_jax.data import loader
 from kgrec_jax.errors import Interrupted, KgrecError
+from kgrec_jax.optim import accumulated, ema_update
 from kgrec_jax.sharding import Rules, put, put_batch, shardings
 from kgrec_jax.tracking import Tracker
 
@@ -40,28 +41,30 @@ class TrainState:
     step: jax.Array  # [] int32, steps done
     params: Any
     opt_state: Any
+    average: Any = ()  # moving average of the parameters where one is asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
     """What a training run leaves."""
 
-    params: Any  # of the last step, or of the best evaluation with keep="best"
+    params: Any  # (their moving average with `ema`) of the last step, or of the best evaluation with keep="best"
     steps: int  # steps done
     seconds: float  # in the loop, over all sessions of the run
     metrics: dict[str, float]  # last logged and last evaluated (of the best evaluation with keep="best")
     stopped: Literal["end", "patience"]
 
 
-def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, key: jax.Array) -> Callable:
+def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, key: jax.Array, accumulate: int = 1,
+              ema: float = 0.0) -> Callable:
     """The train step (state, constants, batch) -> (state, {name: (sum, count)}), a pure function.
 
     The key of a step is `fold_in(key, step)`, so that a resumed run draws what an uninterrupted one draws.
     """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True) if accumulate == 1 else accumulated(loss_fn, accumulate)
 
     def step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, dict]:
         step_key = jax.random.fold_in(key, state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), grads = grad_fn(state.params, constants, batch, step_key)
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam and schedules mix weak and strong types
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -72,7 +75,8 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, key: jax.Array)
         if learning_rates:
             metrics["learning_rate"] = learning_rates[0][1]
         pairs = {name: value if isinstance(value, tuple) else (value, jnp.ones(())) for name, value in metrics.items()}
-        return TrainState(state.step + 1, params, opt_state), pairs
+        average = ema_update(state.average, params, state.step + 1, ema) if ema else state.average
+        return TrainState(state.step + 1, params, opt_state, average), pairs
 
     return step
 
@@ -95,6 +99,9 @@ def fit(
     keep: Literal["last", "best"] = "last",
     best_metric: str = "",
     patience: int = 0,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    tell: bool = False,
     label: str,
     tracker: Tracker,
 ) -> FitResult:
@@ -105,17 +112,22 @@ def fit(
     parameters) reach the loss as an argument and are neither trained nor saved. `evaluate(params)` runs every
     `eval_every` steps (0: only at the end) and after the last. keep="best" returns the parameters with the highest
     `best_metric` of an evaluation ("-name": the lowest), the earliest of equals; `patience` evaluations in a row
-    without a better one end the run (0: never). All of it happens under `jax.set_mesh(mesh)`.
+    without a better one end the run (0: never). A batch is taken in `accumulate` parts (`optim.accumulated`); with
+    `ema` > 0 a moving average of the parameters is kept with that decay, evaluated and returned in their place.
+    `tell`: evaluations begin before the first step, and each is said. All of it happens under `jax.set_mesh(mesh)`.
 
     Raises KgrecError where the loss is not finite or the folder is of another run, Interrupted after Ctrl-C or SIGTERM
     once the state is saved.
     """
     if (keep == "best" or patience) and not (evaluate and best_metric):
         raise KgrecError(f"{label}: keep='best' and patience need evaluate and best_metric; give both")
+    if accumulate < 1 or not 0.0 <= ema < 1.0:
+        raise KgrecError(f"{label}: found accumulate {accumulate} and ema {ema}, expected at least 1 part of a batch "
+                         "and a decay from 0 to below 1")
     loop = _Loop(workdir=pathlib.Path(workdir), init_fn=init_fn, loss_fn=loss_fn, constants=constants, source=source,
                  tx=tx, seed=seed, mesh=mesh, rules=rules, log_every=log_every, checkpoint_every=checkpoint_every,
                  evaluate=evaluate, eval_every=eval_every, keep=keep, best_metric=best_metric, patience=patience,
-                 label=label, tracker=tracker.at(workdir))
+                 accumulate=accumulate, ema=ema, tell=tell, label=label, tracker=tracker.at(workdir))
     with jax.set_mesh(mesh), Checkpoints(loop.workdir / "checkpoints") as checkpoints, contextlib.closing(loop.tracker):
         return loop.run(checkpoints)
 
@@ -158,6 +170,9 @@ class _Loop:
     keep: str
     best_metric: str
     patience: int
+    accumulate: int
+    ema: float
+    tell: bool
     label: str
     tracker: Tracker
 
@@ -173,10 +188,13 @@ class _Loop:
         else:
             abstract = jax.eval_shape(self._init, init_key)
             places = shardings(abstract, self.mesh, self.rules)
-            state = TrainState(**checkpoints.load(latest, _tree(_placed(abstract, places))))
+            state = TrainState(**{"average": (), **checkpoints.load(latest, _tree(_placed(abstract, places)))})
         constants = put(self.constants, shardings(self.constants, self.mesh, self.rules))
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        step = jax.jit(make_step(self.loss_fn, self.tx, step_key), donate_argnums=0, out_shardings=(places, replicated))
+        step = jax.jit(make_step(self.loss_fn, self.tx, step_key, self.accumulate, self.ema), donate_argnums=0,
+                       out_shardings=(places, replicated))
+        if latest is None and self.tell and self.evaluate is not None:
+            self._evaluate(progress, 0, self._kept(state), begin=True)
         return self._train(checkpoints, progress, state, constants, step)
 
     def _train(self, checkpoints: Checkpoints, progress: _Progress, state: TrainState, constants: Any,
@@ -204,7 +222,7 @@ class _Loop:
                     pending = None
                 if logs:
                     self._log(progress, done, clock)
-                better = evaluates and self._evaluate(progress, done, state.params)
+                better = evaluates and self._evaluate(progress, done, self._kept(state))
                 if last or (self.patience and progress.since_best >= self.patience):
                     progress.stopped = "end" if last else "patience"
                 if saves or better or progress.stopped:
@@ -215,12 +233,16 @@ class _Loop:
                     raise Interrupted(f"{self.label}: stopped at step {done} of {total}; "
                                       "the same command goes on from there")
         checkpoints.wait()
-        return self._result(checkpoints, progress, done, state.params)
+        return self._result(checkpoints, progress, done, self._kept(state))
+
+    def _kept(self, state: TrainState) -> Any:
+        """The parameters that are evaluated and returned."""
+        return state.average if self.ema else state.params
 
     def _resume(self, checkpoints: Checkpoints, latest: int | None) -> _Progress:
         """What the folder's last checkpoint knows, or a beginning; metrics that are ahead of it are cut off."""
         now = _Progress(len(self.source), self.seed, _describe(self.mesh))
-        self.tracker.resume_from(latest or 0)
+        self.tracker.resume_from(-1 if latest is None else latest)  # an evaluation before the first step is row 0
         if latest is None:
             return now
         then = _Progress(**checkpoints.load_meta(latest))
@@ -238,7 +260,9 @@ class _Loop:
     def _init(self, key: jax.Array) -> TrainState:
         params = self.init_fn(key)
         with jax.numpy_dtype_promotion("standard"):
-            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+            # Adding zero makes an array of its own: two that are one could not both be donated.
+            average = jax.tree.map(lambda p: p + jnp.zeros((), p.dtype), params) if self.ema else ()
+            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), average)
 
     def _begin(self, key: jax.Array) -> tuple[TrainState, Any]:
         """The first state, each array made where it will live, and these places.
@@ -271,12 +295,15 @@ class _Loop:
         progress.metrics.update(row)
         self.tracker.metrics(step, {**row, "examples_per_second": clock.lap()})
 
-    def _evaluate(self, progress: _Progress, step: int, params: Any) -> bool:
+    def _evaluate(self, progress: _Progress, step: int, params: Any, begin: bool = False) -> bool:
         """Evaluates after a step; True where this is the best evaluation so far and is to be kept."""
         values = {name: float(value) for name, value in self.evaluate(params).items()}
         progress.metrics.update(values)
         self.tracker.metrics(step, values)
-        if not self.best_metric:
+        if self.tell:
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+            self.tracker.say(f"{self.label}: step {step} of {progress.num_steps}: {said}")
+        if begin or not self.best_metric:
             return False
         name = self.best_metric.removeprefix("-")
         if name not in values:
@@ -295,8 +322,9 @@ class _Loop:
         step = progress.best_step if best else done
         if params is None or step != done:
             abstract = jax.eval_shape(self.init_fn, jax.random.key(self.seed))
-            tree = {"params": abstract}
-            params = checkpoints.load(step, _placed(tree, shardings(tree, self.mesh, self.rules)), part=True)["params"]
+            name = "average" if self.ema else "params"
+            tree = {name: abstract}
+            params = checkpoints.load(step, _placed(tree, shardings(tree, self.mesh, self.rules)), part=True)[name]
         metrics = progress.best_metrics if best else progress.metrics
         return FitResult(params, done, progress.seconds, dict(metrics), progress.stopped)
 
@@ -350,7 +378,8 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
 
 
 def _tree(state: TrainState) -> dict:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return {**tree, "average": state.average} if jax.tree.leaves(state.average) else tree
 
 
 def _due(step: int, every: int) -> bool:

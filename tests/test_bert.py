@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 
 from kgrec_jax import KgrecError
-from kgrec_jax.models import bert
+from kgrec_jax.models import bert, encoders
 from kgrec_jax.sharding import MeshConfig, make_mesh, put, put_batch, shardings
 
 CONFIG = bert.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
@@ -27,12 +27,13 @@ NUMPY_ACTIVATIONS = {
 @functools.cache
 def weights(config=CONFIG):
     """Weights in which no bias and no scale is what it would be without them."""
-    encoder, head = (jax.jit(init, static_argnums=0) for init in (bert.init_encoder, bert.init_head))
-    params = {**encoder(config, jax.random.key(0)), "cls": head(config, jax.random.key(1))}
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):  # NumPy's, because a compilation of their initialisers takes longer than most tests here
+        mean, spread = {"scale": (1, 0.1), "bias": (0, 0.1)}.get(path[-1].key, (0, config.initializer_range))
+        return jnp.asarray(mean + spread * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, encoders.shapes(config, head=True))
 
 
 def inputs(seed=0, batch=8, length=9):
@@ -76,8 +77,7 @@ def numpy_bert(config, params, ids, mask, types):
     return states, query @ e["word_embeddings"]["embedding"].T + head["bias"]
 
 
-@pytest.mark.parametrize("act", list(bert.ACTIVATIONS))
-@pytest.mark.parametrize("eps", [1e-12, 0.05])
+@pytest.mark.parametrize("act, eps", [("gelu", 1e-12), ("gelu_new", 0.05), ("relu", 1e-12), ("silu", 0.05)])
 def test_fields_of_the_config_are_honoured(act, eps):
     config = dataclasses.replace(CONFIG, hidden_act=act, layer_norm_eps=eps)
     wanted, wanted_logits = numpy_bert(config, weights(), *inputs())
@@ -85,6 +85,45 @@ def test_fields_of_the_config_are_honoured(act, eps):
     for state, want in zip(states, wanted, strict=True):
         np.testing.assert_allclose(state, want, rtol=0, atol=2e-5)
     np.testing.assert_allclose(bert.mlm_logits(config, weights(), states[-1]), wanted_logits, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_a_position_offset_and_no_token_types(kind):
+    """RoBERTa counts from the row behind its padding's, whatever stands before a text; DistilBERT has no types."""
+    ids, mask, types = inputs()
+    params = jax.tree.map(lambda x: x, weights())
+    embeddings = dict(params["embeddings"])
+    if kind == "roberta":
+        config = dataclasses.replace(CONFIG, model_type=kind, pad_token_id=2, position_offset=3)
+        rows = embeddings["position_embeddings"]["embedding"]
+        shifted = np.concatenate([np.full((3, 16), 9.0, np.float32), rows])
+        other = {**embeddings, "position_embeddings": {"embedding": shifted}}
+    else:
+        config = dataclasses.replace(CONFIG, model_type=kind, type_vocab_size=0)
+        types = np.zeros_like(types)
+        other = {name: tree for name, tree in embeddings.items() if name != "token_type_embeddings"}
+        first = embeddings["token_type_embeddings"]["embedding"][0]
+        other["word_embeddings"] = {"embedding": embeddings["word_embeddings"]["embedding"] + first[None]}
+    read = mask > 0
+    found = apply({**params, "embeddings": other}, ids, mask, types, config=config)[-1]
+    np.testing.assert_allclose(found[read], apply(params, ids, mask, types)[-1][read], rtol=0, atol=1e-5)
+    if kind == "roberta":  # padding on the left is none of its business
+        left = [np.pad(x, ((0, 0), (3, 0))) for x in (ids, mask, types)]
+        again = apply({**params, "embeddings": other}, *left, config=config)[-1][:, 3:]
+        np.testing.assert_allclose(again[read], found[read], rtol=0, atol=1e-5)
+
+
+def test_the_interface_of_all_encoders_is_that_of_the_module():
+    ids, mask, types = inputs()
+    states = jax.jit(encoders.hidden_states, static_argnums=0)(CONFIG, weights(), ids, mask, types)
+    np.testing.assert_allclose(states[-1], apply(weights(), ids, mask, types)[-1], rtol=0, atol=1e-5)
+    queries, bias = encoders.queries(CONFIG, weights(), states[-1])
+    logits = queries @ encoders.word_table(CONFIG, weights()).T + bias[None, None]
+    np.testing.assert_allclose(logits, encoders.logits(CONFIG, weights(), states[-1]), rtol=0, atol=1e-4)
+    assert encoders.backbone(CONFIG, weights()).keys() == {"embeddings", "encoder"}
+    assert encoders.has_head(CONFIG, weights()) and not encoders.has_head(CONFIG, encoders.backbone(CONFIG, weights()))
+    with pytest.raises(KgrecError, match="model_type: found 'gpt2', expected one of bert"):
+        bert.BertConfig(model_type="gpt2")
 
 
 def test_gathering_the_masked_positions_first_gives_the_same_logits():

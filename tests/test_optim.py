@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.optim import OptimConfig, learning_rate, make_optimizer, rowwise_adagrad
+from kgrec_jax.optim import (OptimConfig, accumulated, ema_update, layers_above, learning_rate, make_optimizer,
+                             rowwise_adagrad)
 
 PLAIN = OptimConfig(schedule="constant", warmup_share=0.0, clip_norm=0.0)
 
@@ -109,8 +110,76 @@ def test_tables_have_an_optimiser_of_their_own():
 
 @pytest.mark.parametrize("change,words", [
     ({"peak_lr": -1.0}, "optim.peak_lr: found -1.0"), ({"warmup_share": 1.5}, "optim.warmup_share: found 1.5"),
-    ({"peak_lr": float("nan")}, "optim.peak_lr"), ({"table_patterns": ("(",)}, "optim.table_patterns")])
+    ({"layer_decay": 1.1}, "optim.layer_decay: found 1.1"), ({"peak_lr": float("nan")}, "optim.peak_lr"), ({"table_patterns": ("(",)}, "optim.table_patterns")])
 def test_bad_fields(change, words):
     with pytest.raises(KgrecError) as error:
         make_optimizer(dataclasses.replace(OptimConfig(), **change), 10)
     assert words in str(error.value)
+
+
+ENCODER = {"embeddings": {"word_embeddings": {"embedding": (5, 4)}},
+           "encoder": {"layer": {"0": {"dense": {"kernel": (4, 4), "bias": (4,)}}, "10": {"dense": {"kernel": (4, 4)}}}},
+           "cls": {"bias": (5,)}}
+
+
+def ones(shapes):
+    return jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def test_lower_layers_move_less():
+    cfg = dataclasses.replace(PLAIN, name="sgd", b1=0.0, peak_lr=1.0, layer_decay=0.5)
+    tree = ones(ENCODER)
+    moved, _ = steps(make_optimizer(cfg, 10), tree, tree)
+    change = jax.tree.map(lambda a, b: float((a - b).ravel()[0]), tree, moved)
+    assert change["cls"]["bias"] == 1 and change["encoder"]["layer"]["10"]["dense"]["kernel"] == 0.5
+    assert change["encoder"]["layer"]["0"]["dense"]["bias"] == pytest.approx(0.5**11, rel=1e-6)
+    assert change["embeddings"]["word_embeddings"]["embedding"] == pytest.approx(0.5**12, rel=1e-6)
+    gpt = layers_above({"wte": {"embedding": 0}, "h": {"0": {"attn": 0}, "1": {"attn": 0}}, "ln_f": {"scale": 0}})
+    assert gpt == {"wte": {"embedding": 3}, "h": {"0": {"attn": 2}, "1": {"attn": 1}}, "ln_f": {"scale": 0}}
+
+
+def test_patterns_spare_from_decay():
+    cfg = dataclasses.replace(PLAIN, weight_decay=0.1, peak_lr=0.5, no_decay_patterns=("^entity/",))
+    moved, _ = steps(make_optimizer(cfg, 10), params(), jax.tree.map(jnp.zeros_like, params()))
+    np.testing.assert_array_equal(moved["entity"]["embedding"], params()["entity"]["embedding"])
+    np.testing.assert_allclose(moved["dense"]["kernel"], 0.95 * params()["dense"]["kernel"], rtol=1e-6)
+
+
+def masked_loss(tree, constants, batch, key):
+    """A mean over entries that count, of which rows have different numbers."""
+    out = jnp.tanh(batch["x"] @ tree["dense"]["kernel"] + tree["dense"]["bias"][None] + constants)
+    each = jnp.square(out) * batch["weights"]
+    return each.sum() / jnp.maximum(batch["weights"].sum(), 1.0), {
+        "loss": (each.sum(), batch["weights"].sum()), "half": jnp.float32(0.5)}
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
+    rng = np.random.default_rng(1)
+    weights = (rng.random((12, 3)) < 0.4).astype(np.float32)
+    weights[0::2] = 0  # with two parts, one of them counts nothing
+    batch = {"x": jnp.asarray(rng.normal(size=(12, 4)), jnp.float32), "weights": jnp.asarray(weights), "n": jnp.ones(())}
+    args = params(), jnp.float32(0.1), batch, jax.random.key(0)
+    (want, _), whole = jax.value_and_grad(masked_loss, has_aux=True)(*args)
+    (got, pairs), grads = jax.jit(accumulated(masked_loss, parts))(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, whole)
+    assert float(pairs["loss"][1]) == weights.sum() and float(pairs["half"][0] / pairs["half"][1]) == 0.5
+
+
+def test_what_cannot_be_accumulated():
+    batch = {"x": jnp.ones((4, 4)), "weights": jnp.ones((4, 3))}
+    with pytest.raises(KgrecError, match="found a batch of 4 rows, expected a multiple of 3"):
+        accumulated(masked_loss, 3)(params(), jnp.float32(0), batch, jax.random.key(0))
+    with pytest.raises(KgrecError, match="found a loss without its"):
+        accumulated(lambda *args: (masked_loss(*args)[0], {}), 2)(params(), jnp.float32(0), batch, jax.random.key(0))
+
+
+def test_the_moving_average_against_numpy():
+    average, wanted = {"a": jnp.zeros(3)}, np.zeros(3)
+    for step in range(1, 40):
+        value = np.random.default_rng(step).normal(size=3).astype(np.float32)
+        average = ema_update(average, {"a": jnp.asarray(value)}, jnp.int32(step), 0.7)
+        keep = min(0.7, (1 + step) / (10 + step))
+        wanted = keep * wanted + (1 - keep) * value
+    np.testing.assert_allclose(average["a"], wanted, rtol=1e-5)

@@ -96,3 +96,15 @@ def test_command_line(finished, tmp_path, capsys):
         assert cli.main(argv) == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("kgrec: ") and word in last
+
+
+def test_without_a_test_part_there_is_a_recommender_and_no_report(finished, tmp_path, capsys):
+    experiment = finished[0]
+    split = dataclasses.replace(experiment.data.split, test_share=0.0)
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, split=split))
+    assert pipeline.run(experiment, tmp_path / "run") is None
+    assert "no report" in capsys.readouterr().err
+    assert len(Recommender.load(tmp_path / "run").recommend(history=["Silent River"], k=3)) == 3
+    with pytest.raises(KgrecError, match="seed: found -1"):
+        pipeline.run(dataclasses.replace(experiment, seed=-1), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

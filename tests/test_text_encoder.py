@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_checkpoints import make_checkpoint
 from tiny_encoder import make_tiny_encoder
 
-from kgrec_jax.data.text import load_tokenizer
+from kgrec_jax import KgrecError
+from kgrec_jax.data.text import coverage, load_tokenizer
+from kgrec_jax.models import encoders
+from kgrec_jax.models.encoder_config import BertConfig, GptConfig
 from kgrec_jax.models.text_encoder import encode_texts
 from kgrec_jax.pretrained import load_encoder
 from kgrec_jax.sharding import MeshConfig, make_mesh
@@ -22,13 +26,17 @@ def tiny(tmp_path_factory):
     return encoder, load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def last_states(config, params, ids):
+    return encoders.hidden_states(config, params, ids, jnp.ones_like(ids))[-1]
+
+
 def one_by_one(encoder, tokenizer, max_length):
     out = np.zeros((len(TEXTS), encoder.config.hidden_size), np.float32)
     for i, text in enumerate(TEXTS):
         if text.strip():
             ids = jnp.asarray(tokenizer.encode([text], max_length), jnp.int32)
-            states = jax.jit(encoder.hidden_states)(encoder.params, ids, jnp.ones_like(ids), jnp.zeros_like(ids))
-            mean = np.asarray(states[-1][0]).mean(0)
+            mean = np.asarray(last_states(encoder.config, encoder.params, ids)[0]).mean(0)
             out[i] = mean / np.linalg.norm(mean)
     return out
 
@@ -42,6 +50,40 @@ def test_vectors_are_those_of_each_text_alone(tiny, max_length):
     # 128 tokens are more than this encoder's 40 positions: it reads what it can.
     np.testing.assert_allclose(found, one_by_one(encoder, tokenizer, min(max_length, 40)), rtol=0, atol=2e-6)
     assert not found[1].any() and not found[4].any() and sum(done) == len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "gpt2"])
+def test_every_family_reads_with_its_own_tokenizer(kind, tmp_path):
+    encoder = load_encoder(make_checkpoint(kind, tmp_path / "x", TEXTS))
+    tokenizer = load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
+    found = encode_texts(encoder, encoder.params, tokenizer, TEXTS, max_length=16, batch_size=8)
+    ids, mask = tokenizer.pad(tokenizer.encode([TEXTS[0], TEXTS[3]], 16), 16)
+    if kind != "gpt2":
+        assert ids[0, 0] == tokenizer.cls_id and ids[0, mask[0].sum() - 1] == tokenizer.sep_id and tokenizer.mask_id > 0
+    states = np.asarray(jax.jit(encoder.hidden_states)(encoder.params, ids, mask)[-1])
+    for row, state, length in zip((0, 3), states, mask.sum(1), strict=True):
+        vector = state[length - 1] if kind == "gpt2" else state[:length].mean(0)
+        np.testing.assert_allclose(found[row], vector / np.linalg.norm(vector), rtol=0, atol=2e-6)
+    assert not found[1].any() and not found[4].any()
+    if kind == "gpt2":
+        assert tokenizer.mask_id == -1 and tokenizer.unk_id == -1 and tokenizer.pad_id == 0
+        assert coverage(tokenizer, TEXTS).unk_share == 0
+
+
+def test_pooling():
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32)
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    by_hand = {"mean": [hidden[0].mean(0), hidden[1, :2].mean(0)], "cls": [hidden[0, 0], hidden[1, 0]],
+               "last": [hidden[0, 3], hidden[1, 1]]}
+    for kind, rows in by_hand.items():
+        found = encoders.pool(BertConfig(), hidden, mask, kind)
+        for row, vector in zip(found, rows, strict=False):
+            np.testing.assert_allclose(row, vector / jnp.linalg.norm(vector), rtol=0, atol=1e-6)
+        assert not found[2].any()
+    for config, kind in ((BertConfig(), "mean"), (GptConfig(), "last")):
+        np.testing.assert_array_equal(encoders.pool(config, hidden, mask), encoders.pool(config, hidden, mask, kind))
+    with pytest.raises(KgrecError, match="pooling: found 'max', expected one of auto, mean, cls, last"):
+        encoders.pool(BertConfig(), hidden, mask, "max")
 
 
 def test_neither_batch_size_nor_mesh_matters(tiny):

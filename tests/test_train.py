@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from kgrec_jax.checkpoint import load_part
 from kgrec_jax.data import loader
 from kgrec_jax.errors import Interrupted, KgrecError
 from kgrec_jax.losses import masked_mean, table_cross_entropy
@@ -56,10 +57,10 @@ def loss(params, constants, batch, key):
     return total / count, {"nll": (total, count), "half": jnp.float32(0.5)}
 
 
-def train(folder, steps=40, tracker=None, mesh=None, source=None, **kwargs):
+def train(folder, steps=40, tracker=None, mesh=None, source=None, loss_fn=loss, **kwargs):
     options = dict(log_every=8, checkpoint_every=10, seed=1, label="toy") | kwargs
     tx = make_optimizer(OptimConfig(peak_lr=0.1), steps)
-    return fit(workdir=folder, init_fn=init, loss_fn=loss, constants={"bias": np.zeros(64, np.float32)},
+    return fit(workdir=folder, init_fn=init, loss_fn=loss_fn, constants={"bias": np.zeros(64, np.float32)},
                source=source or Source(steps), tx=tx, mesh=mesh or make_mesh(MeshConfig()), rules=RULES,
                tracker=tracker or Tracker(folder, quiet=True), **options)
 
@@ -259,6 +260,56 @@ def test_two_processes_train_what_one_trains(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "two" / "table.npy"), np.asarray(one.params["table"]), atol=1e-5)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
+
+
+def split_loss(params, constants, batch, key):
+    """`loss` of a batch of any number of rows, with its (sum, count)."""
+    q = params["query"][batch["query"]] * batch["scale"] + 0.01 * jax.random.normal(key, (len(batch["query"]), 8))
+    losses = table_cross_entropy(q, params["table"], batch["target"], bias=constants["bias"])
+    return losses.mean(), {"loss": (losses.sum(), jnp.float32(len(losses)))}
+
+
+def test_parts_and_average_go_on_bit_for_bit(tmp_path):
+    """Stopped between two checkpoints; the average is what is evaluated and returned."""
+    def evaluate(params):
+        return {"norm": float((params["table"] ** 2).sum())}
+
+    options = dict(loss_fn=split_loss, accumulate=2, ema=0.9, evaluate=evaluate, eval_every=7, tell=True)
+    whole = train(tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "cut", source=interrupted_source(), **options)
+    cut = train(tmp_path / "cut", **options)
+    assert_same(whole.params, cut.params)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "cut") and whole.metrics == cut.metrics
+    assert rows(tmp_path / "whole")[0].keys() == {"step", "norm"} and rows(tmp_path / "whole")[0]["step"] == 0
+    held = load_part(tmp_path / "cut" / "checkpoints", {n: jax.eval_shape(init, jax.random.key(0))
+                                                        for n in ("params", "average")})
+    assert_same(held["average"], whole.params)
+    assert not np.allclose(held["params"]["table"], held["average"]["table"])
+    assert whole.metrics["norm"] == evaluate(whole.params)["norm"]
+    assert_same(train(tmp_path / "cut", **options).params, whole.params)  # read, not trained
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_tells_the_beginning_once(tmp_path, capsys):
+    def evaluate(params):
+        return {"norm": 1.0}
+
+    def fail(step):
+        if step == 6:
+            raise RuntimeError("lost")
+
+    options = dict(evaluate=evaluate, eval_every=5, tell=True)
+    with pytest.raises(RuntimeError, match="lost"):
+        train(tmp_path, 10, source=Source(10, act=fail), **options)
+    train(tmp_path, 10, tracker=Tracker(tmp_path), **options)
+    assert [r["step"] for r in rows(tmp_path) if "norm" in r] == [0, 5, 10]
+    assert "toy: step 0 of 10: norm 1\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 0}, {"ema": 1.0}])
+def test_bad_parts_and_decays(tmp_path, change):
+    with pytest.raises(KgrecError, match="expected at least 1 part of a batch and a decay"):
+        train(tmp_path, 4, **change)
 
 
 def test_no_steps_at_all(tmp_path):

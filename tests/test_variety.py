@@ -1,4 +1,4 @@
-"""The whole way on data that lack something: it adapts, says what it lacks, and recommends to everybody all the same."""
+"""The whole way on data that lack something: it adapts, says what it lacks, and recommends to everybody."""
 
 import dataclasses
 import math
@@ -116,7 +116,7 @@ def chinese(folder: Path) -> None:
 
 
 def gaps(folder: Path) -> None:
-    """Users with one interaction and with none; items in no interaction, without text or graph; media; repeated pairs."""
+    """Users with one interaction and none, items without interaction, text and graph; media; a repeated pair."""
     plain(folder)
     with open(folder / "users.tsv", "a") as users, open(folder / "interactions.tsv", "a") as log:
         users.write("nobody\n")
@@ -135,12 +135,12 @@ def fixed(valid: bool) -> Callable[[Path], None]:
     """train, test and perhaps valid as files."""
     def write(folder: Path) -> None:
         world = toy_world(num_users=USERS, num_items=ITEMS)
-        part = np.random.default_rng(0).choice(3 if valid else 2, len(world.interactions), p=(0.7, 0.15, 0.15) if valid else (0.8, 0.2))
-        part = np.where(part == 1, 2, np.where(part == 2, 1, 0))
+        shares = (0.7, 0.15, 0.15) if valid else (0.8, 0.0, 0.2)
+        part = np.random.default_rng(0).choice(3, len(world.interactions), p=shares)
         plain(folder)
         (folder / "interactions.tsv").unlink()
-        for number, name in enumerate(("train", "valid", "test") if valid else ("train", "", "test")):
-            if name:
+        for number, name in enumerate(("train", "valid", "test")):
+            if shares[number]:
                 write_interactions(folder / f"{name}.tsv", world, world.interactions.take(part == number))
     return write
 
@@ -182,7 +182,8 @@ def equal_texts() -> list[str]:
 
 def unnamed() -> list[str]:
     """Triples whose relation and entities have ids that say nothing; one of them stands alone, one is a loop."""
-    return ["head_id\trelation\ttail_id", *(f"film{n}\tm.r\tm.0{n % 5}x" for n in range(30)), "film40\tm.s\tm.9", "film41\tm.s\tfilm41"]
+    return ["head_id\trelation\ttail_id", *(f"film{n}\tm.r\tm.0{n % 5}x" for n in range(30)), "film40\tm.s\tm.9",
+            "film41\tm.s\tfilm41"]
 
 
 def everything_known(folder: Path) -> None:
@@ -216,7 +217,8 @@ NO_GRAPH, NO_TEXT = "the data set has no triples", "neither items nor entities h
 QUICK = {
     "no graph": Variant(without(*GRAPH_FILES), skipped={"graph": NO_GRAPH}, rows=("text", "features"),
                         absent=("graph",)),
-    "interactions alone": Variant(interactions_alone, skipped={"graph": NO_GRAPH, "pretrain": NO_TEXT, "text": "no item",
+    "interactions alone": Variant(interactions_alone, skipped={"graph": NO_GRAPH, "pretrain": NO_TEXT,
+                                                               "text": "no item",
                                                                "features": "no item"},
                                   absent=("graph", "text", "features"), text=True),
     "korean": Variant(korean, skipped={"pretrain": "n-grams", "graph": NO_GRAPH}, rows=("text", "features"), text=True),
@@ -253,7 +255,8 @@ SLOW = {
 def encoders(tmp_path_factory):
     """Tiny encoders that read English, and Chinese."""
     root, worlds = tmp_path_factory.mktemp("encoders"), {name: toy_world(language=name) for name in ("en", "zh")}
-    return {name: make_tiny_encoder(root / name, [*world.item_texts, *world.graph.entity_names, *world.graph.relation_names])
+    return {name: make_tiny_encoder(root / name, [*world.item_texts, *world.graph.entity_names,
+                                                  *world.graph.relation_names])
             for name, world in worlds.items()}
 
 
@@ -321,5 +324,6 @@ def test_every_kind_of_data(encoders, tmp_path, name):
         check(variant, experiment, run, report)
         if name in SLOW:
             held = pipeline.refit(run, tmp_path / "refit", quiet=True)
-            assert held.held_out == 0 and held.known.nnz == len(Run.open(run, experiment, quiet=True).dataset.interactions)
+            assert held.held_out == 0 and held.known.nnz == len(Run.open(run, experiment,
+                                                                         quiet=True).dataset.interactions)
             assert np.isfinite(held.all_users(3)[1][held.all_users(3)[0] >= 0]).all()

@@ -79,6 +79,8 @@ def _check(dataset: Dataset, cfg: SplitConfig, kind: str) -> None:
     if not 0 < cfg.cold_pool <= 1 or 2 * cfg.cold_share > cfg.cold_pool:
         raise KgrecError(f"data.split.cold_pool: found {cfg.cold_pool:g} with cold_share {cfg.cold_share:g}, expected a "
                          "share above 0, at most 1 and at least twice the cold_share")
+    if cfg.seed < 0:
+        raise KgrecError(f"data.split.seed: found {cfg.seed}, expected at least 0")
     for name in ("cold_share", "valid_share", "test_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise KgrecError(f"data.split.{name}: found {getattr(cfg, name):g}, expected a share from 0 to below 1")

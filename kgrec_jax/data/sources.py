@@ -94,13 +94,13 @@ def parse_wheel(source: str) -> Wheel:
     """Take `pypi:NAME==VERSION[@sha256=HEX][#member]` apart; names are normalised as package indexes do."""
     found = re.fullmatch(r"pypi:([\w.-]+)==([\w.!+-]+)(?:@sha256=([0-9a-fA-F]{64}))?(?:#(.+))?", source)
     if not found:
-        raise KgrecError(f"source {source!r}: expected pypi:NAME==VERSION[@sha256=64 hex digits][#member]")
+        raise KgrecError(f"source: found {source!r}, expected pypi:NAME==VERSION[@sha256=64 hex digits][#member]")
     name = re.sub(r"[-_.]+", "-", found[1]).lower()
     pinned = PINNED.get(f"{name}=={found[2]}")
     sha256 = (found[3] or (pinned.sha256 if pinned else "")).lower()
     member = (found[4] or "").strip("/")
     if ".." in Path(member).parts:
-        raise KgrecError(f"source {source!r}: found '..' in the member, expected a path inside the wheel")
+        raise KgrecError(f"source: found {source!r} with '..' in its member, expected a path inside the wheel")
     return Wheel(name, found[2], sha256, member)
 
 
@@ -250,7 +250,7 @@ def _last_line(text: str) -> str:
 def _resolve_hub(source: str, say: Say) -> Path:
     found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
     if not found:
-        raise KgrecError(f"source {source!r}: expected hub:ORG/NAME or hub:ORG/NAME@revision")
+        raise KgrecError(f"source: found {source!r}, expected hub:ORG/NAME or hub:ORG/NAME@revision")
     from huggingface_hub import snapshot_download
 
     say(f"looking for {found[1]} in the cache of the Hugging Face Hub, fetching what is not there")

@@ -224,8 +224,14 @@ def _to_numpy(path: pathlib.Path, name: str, kind: Kind, column: pa.ChunkedArray
         row = int(np.argmax(bad))
         found = "an empty cell or NaN" if np.isnan(array[row]) else "an infinite number"
         raise _cell_error(path, row, name, found, kind)
+    if kind == "int" and array.dtype != np.int64:
+        large = np.abs(array) >= 2.0**63
+        if large.any():
+            row = int(np.argmax(large))
+            raise _cell_error(path, row, name, f"{array[row]:g}, which is too large,", kind)
+        return np.floor(array).astype(np.int64)
     if kind == "int":
-        return array if array.dtype == np.int64 else np.floor(array).astype(np.int64)
+        return array
     return array.astype(np.float64, copy=False)
 
 
@@ -299,12 +305,19 @@ def _diagnose(path: pathlib.Path, header: list[str], kinds: Mapping[str, Kind], 
             return KgrecError(f"{path}:{line}: found {len(fields)} field{'s' * (len(fields) != 1)}, expected "
                               f"{len(header)} ({', '.join(header)}); check {what}")
         for index, name in number.items():
-            try:
-                float(fields[index] or "nan")
-            except ValueError:
+            if not _is_number(fields[index] or "nan"):
                 return KgrecError(f"{path}:{line}: found {fields[index]!r} in the column {name}, "
                                   f"expected {_EXPECTED[kinds[name]]}; correct or remove the row")
     return KgrecError(f"{path}: found a table that cannot be read ({message}), expected columns {', '.join(header)}")
+
+
+def _is_number(text: str) -> bool:
+    """Whether pyarrow reads it as one: Python alone also takes 1_000 and the digits of other scripts."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.isascii() and "_" not in text
 
 
 def _first_line(error: Exception) -> str:

@@ -50,10 +50,10 @@ class Tokenizer:
     unk_id: int
     cls_id: int
     sep_id: int
-    mask_id: int
+    mask_id: int  # -1 where there is none: a decoder's tokenizer hides no words
 
     def encode(self, texts: Sequence[str], max_length: int, special: bool = True) -> list[list[int]]:
-        """Token ids of each text, cut to `max_length` tokens; with [CLS] … [SEP] unless `special` is False."""
+        """Token ids of each text, cut to `max_length` tokens; with [CLS] … [SEP], if any, unless `special` is False."""
         if not len(texts):
             return []
         out = self.backend(list(texts), add_special_tokens=special, truncation=True, max_length=max_length,
@@ -79,16 +79,21 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int = 0) -> Tokenizer:
-    """The tokenizer in `folder` (tokenizer.json, or vocab.txt); with `vocab_size` it is checked against the encoder."""
+    """The tokenizer in `folder` (tokenizer.json, vocab.txt, or vocab.json with merges.txt).
+
+    With `vocab_size` it is checked against the encoder. Where a decoder's tokenizer has nothing but an end of text
+    (GPT-2), that stands for padding, beginning and end, and there is no mask.
+    """
     # Transformers tells every user that PyTorch was not found unless it is asked beforehand to be quiet.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer, BertTokenizer
 
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    present = [name for name in ("tokenizer.json", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+    if not present:
         raise KgrecError(f"{folder}: found neither tokenizer.json nor vocab.txt, expected the tokenizer of the encoder")
     try:
-        if (folder / "tokenizer.json").is_file():
+        if present[0] != "vocab.txt":
             backend = AutoTokenizer.from_pretrained(str(folder), use_fast=True)
         else:
             # The keyword vocab_file is ignored in silence since transformers 5; the positional argument is not.
@@ -97,6 +102,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int = 0) -> Tokenizer:
         raise KgrecError(f"{folder}: found no readable tokenizer ({str(error).splitlines()[0]}); "
                          "take the tokenizer files from the folder that the weights come from") from error
     ids = {name: getattr(backend, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")}
+    if ids["mask"] is ids["cls"] is ids["sep"] is None and backend.eos_token_id is not None:
+        end = backend.eos_token_id
+        ids = {name: end if value is None else value for name, value in ids.items()} | {"mask": -1}
+        ids["unk"] = -1 if ids["unk"] == end else ids["unk"]  # GPT-2 names its end of text so, and never uses it
     absent = [name for name, value in ids.items() if value is None]
     if absent:
         raise KgrecError(f"{folder}: found a tokenizer without the special tokens {', '.join(absent)}, "

@@ -109,9 +109,16 @@ def read_report(folder: Path) -> Report:
         raise KgrecError(
             f"{path}:{error.lineno}: found {error.msg}, expected JSON; run `kgrec evaluate {folder}` again"
         ) from None
+    except UnicodeDecodeError as error:
+        raise KgrecError(f"{path}: found {error.reason}, expected JSON; run `kgrec evaluate {folder}` again") from None
     version = held.pop("format_version", None) if isinstance(held, dict) else None
     if version != FORMAT_VERSION:
         raise KgrecError(
             f"{path}: found format version {version}, expected {FORMAT_VERSION}; run `kgrec evaluate {folder}` again"
         )
+    fields = {field.name for field in dataclasses.fields(Report)}
+    if held.keys() != fields:
+        wrong = ", ".join(sorted(held.keys() ^ fields))
+        raise KgrecError(f"{path}: found a report that differs in {wrong}, expected what kgrec wrote; run "
+                         f"`kgrec evaluate {folder}` again")
     return Report(**held | {"notes": tuple(held["notes"])})

@@ -1,13 +1,11 @@
 """BERT (Devlin et al. 2019) with Hugging Face's parameter names, soft tokens and a tied masked-LM head.
 
 One tree holds everything: `embeddings`, `encoder` and, where there is a head, `cls`; a checkpoint's leading `bert`
-is stripped when it is read. Position k of the sequence has position embedding k; padding is on the right.
+is stripped when it is read. Position k of the sequence has position embedding k; padding is on the right. RoBERTa (Liu
+et al. 2019) and DistilBERT (Sanh et al. 2019) are the same function with another first position or without types.
 """
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +13,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from kgrec_jax.errors import KgrecError
-
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-
-# Fields of config.json that would change the function if they had another value than this one.
-FIXED_FIELDS = {
-    "model_type": "bert",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "pruned_heads": {},
-    "quantization_config": None,
-}
+from kgrec_jax.models.encoder_config import ACTIVATIONS, BertConfig
 
 # Tensor parallelism over "model"; the vocabulary stays whole because 30522 rows divide by no useful axis.
 BERT_RULES = (
@@ -43,57 +24,6 @@ BERT_RULES = (
     (r"layer/\d+/(attention/output|output)/dense/kernel$", PartitionSpec("model", None)),
     (r".*", PartitionSpec()),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """The fields of config.json that define the function; defaults are Hugging Face's."""
-
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    pad_token_id: int = 0  # no effect on the function: the mask decides what is padding
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind = {"int": int, "float": (int, float), "str": str}[field.type]
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise KgrecError(f"config.json: {field.name}: found {value!r}, expected a value of type {field.type}")
-            lowest = 0 if field.type == "float" or field.name == "pad_token_id" else 1
-            if not isinstance(value, str) and value < lowest:
-                raise KgrecError(f"config.json: {field.name}: found {value!r}, expected at least {lowest}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise KgrecError(f"config.json: hidden_act: found {self.hidden_act!r}, expected one of "
-                             f"{', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise KgrecError(f"config.json: num_attention_heads: found {self.num_attention_heads}, expected a divisor "
-                             f"of hidden_size {self.hidden_size}")
-
-    @staticmethod
-    def from_hf(fields: dict[str, Any]) -> BertConfig:
-        """The config of a parsed config.json; a field that asks for another function is refused by name."""
-        for name, only in FIXED_FIELDS.items():
-            found = fields.get(name, only)
-            if found != only and not (name == "quantization_config" and not found):
-                raise KgrecError(f"config.json: {name}: found {found!r}, expected {only!r}; this encoder is a BERT "
-                                 "with absolute positions, a tied masked-LM decoder and no cross-attention")
-        known = {f.name for f in dataclasses.fields(BertConfig)}
-        values = {name: fields[name] for name in known if fields.get(name) is not None}
-        return BertConfig(**values)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The config.json of this encoder."""
-        return {"architectures": ["BertForMaskedLM"], "model_type": "bert", **dataclasses.asdict(self)}
 
 
 def _dense(config: BertConfig, features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
@@ -119,6 +49,24 @@ class LayerNorm(nn.Module):
         return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 
 
+def check_call(config, input_ids: jax.Array, soft_vectors, soft_positions) -> None:
+    """KgrecError for ids [B, L] of more tokens than there are positions, or one of the soft arguments alone."""
+    length, limit = input_ids.shape[1], config.max_position_embeddings
+    if length > limit:
+        raise KgrecError(f"texts of {length} tokens: this encoder has {limit} positions; shorten max_length")
+    if (soft_vectors is None) != (soft_positions is None):
+        raise KgrecError("soft_vectors and soft_positions: found one of the two, expected both or none")
+
+
+def replace_words(words: jax.Array, soft_vectors: jax.Array, soft_positions: jax.Array) -> jax.Array:
+    """Word embeddings [B, L, D] with soft_vectors [B, S, D] at soft_positions [B, S] (-1: unused; the first wins)."""
+    places = jnp.arange(words.shape[1], dtype=soft_positions.dtype)
+    hit = soft_positions[:, :, None] == places[None, None]  # [B, S, L]
+    slot = jnp.argmax(hit, axis=1)[:, :, None]  # [B, L, 1]
+    soft = jnp.take_along_axis(soft_vectors.astype(words.dtype), slot, axis=1)  # [B, L, D]
+    return jnp.where(hit.any(axis=1)[:, :, None], soft, words)
+
+
 class Embeddings(nn.Module):
     """Sum of word, position and token-type embeddings, with soft vectors in place of some words."""
 
@@ -126,23 +74,29 @@ class Embeddings(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, input_ids, token_type_ids, soft_vectors, soft_positions, deterministic):
+    def __call__(self, input_ids, attention_mask, token_type_ids, soft_vectors, soft_positions, deterministic):
         cfg = self.config
         init = nn.initializers.normal(cfg.initializer_range)
-        length = input_ids.shape[1]
         words = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
                          name="word_embeddings")(input_ids)  # [B, L, D]
         if soft_vectors is not None:
-            hit = soft_positions[:, :, None] == jnp.arange(length, dtype=soft_positions.dtype)[None, None]  # [B, S, L]
-            slot = jnp.argmax(hit, axis=1)[:, :, None]  # [B, L, 1]
-            soft = jnp.take_along_axis(soft_vectors.astype(self.dtype), slot, axis=1)  # [B, L, D]
-            words = jnp.where(hit.any(axis=1)[:, :, None], soft, words)
-        positions = nn.Embed(cfg.max_position_embeddings, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
-                             name="position_embeddings")(jnp.arange(length))  # [L, D]
-        types = nn.Embed(cfg.type_vocab_size, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
-                         name="token_type_embeddings")(token_type_ids)
-        hidden = LayerNorm(cfg.layer_norm_eps, name="LayerNorm")(words + positions[None] + types)
+            words = replace_words(words, soft_vectors, soft_positions)
+        rows = cfg.max_position_embeddings + cfg.position_offset
+        hidden = words + nn.Embed(rows, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
+                                  name="position_embeddings")(self._positions(attention_mask))
+        if cfg.type_vocab_size:
+            hidden = hidden + nn.Embed(cfg.type_vocab_size, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
+                                       name="token_type_embeddings")(token_type_ids)
+        hidden = LayerNorm(cfg.layer_norm_eps, name="LayerNorm")(hidden)
         return nn.Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=deterministic)
+
+    def _positions(self, attention_mask):
+        """Rows of the position table [1 or B, L]; with an offset only what is read counts, padding shares one row."""
+        offset = self.config.position_offset
+        if not offset:
+            return jnp.arange(attention_mask.shape[1])[None]
+        read = (attention_mask > 0).astype(jnp.int32)
+        return jnp.cumsum(read, axis=1) * read + (offset - 1)
 
 
 class SelfAttention(nn.Module):
@@ -257,13 +211,9 @@ class Bert(nn.Module):
     @nn.compact
     def __call__(self, input_ids, attention_mask, token_type_ids, soft_vectors=None, soft_positions=None,
                  deterministic=True):
-        length, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if length > limit:
-            raise KgrecError(f"texts of {length} tokens: this encoder has {limit} positions; shorten max_length")
-        if (soft_vectors is None) != (soft_positions is None):
-            raise KgrecError("soft_vectors and soft_positions: found one of the two, expected both or none")
+        check_call(self.config, input_ids, soft_vectors, soft_positions)
         hidden = Embeddings(self.config, self.dtype, name="embeddings")(
-            input_ids, token_type_ids, soft_vectors, soft_positions, deterministic)
+            input_ids, attention_mask, token_type_ids, soft_vectors, soft_positions, deterministic)
         bias = jnp.where(attention_mask[:, None, None, :] > 0, jnp.float32(0), jnp.finfo(jnp.float32).min)
         return Stack(self.config, self.dtype, name="encoder")(hidden, bias, deterministic)
 
@@ -277,7 +227,7 @@ class Transform(nn.Module):
     @nn.compact
     def __call__(self, hidden):
         out = _dense(self.config, self.config.hidden_size, self.dtype, "dense")(hidden)
-        return LayerNorm(self.config.layer_norm_eps, name="LayerNorm")(ACTIVATIONS[self.config.hidden_act](out))
+        return LayerNorm(self.config.layer_norm_eps, name="LayerNorm")(ACTIVATIONS[self.config.head_act](out))
 
 
 class Predictions(nn.Module):

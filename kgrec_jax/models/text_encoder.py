@@ -1,4 +1,4 @@
-"""Texts to vectors: the mean of an encoder's last hidden states, of unit length."""
+"""Texts to vectors of unit length: an encoder's last hidden states, pooled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kgrec_jax.models import bert
+from kgrec_jax.models import encoders
+from kgrec_jax.models.encoders import EncoderConfig, Pooling
 
 if TYPE_CHECKING:
     from kgrec_jax.data.text import Tokenizer
@@ -20,30 +21,22 @@ if TYPE_CHECKING:
 MIN_LENGTH = 16  # shortest padded length; shorter buckets cost a compilation each and save little
 
 
-def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Unit vectors [B, D] float32: the mean of hidden [B, L, D] over the positions of mask [B, L]; zero without any."""
-    weight = mask.astype(jnp.float32)[:, :, None]
-    total = (hidden.astype(jnp.float32) * weight).sum(1)
-    mean = total / jnp.maximum(weight.sum(1), 1.0)
-    # Reimers & Gurevych (2019) pool like this; normalised as the released sentence encoders do.
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def encode_batch(config: bert.BertConfig, dtype: str, params: dict, input_ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean-pooled unit vectors [B, D] of token ids [B, L]."""
-    hidden = bert.Bert(config, jnp.dtype(dtype)).apply({"params": params}, input_ids, mask, jnp.zeros_like(input_ids))
-    return mean_pool(hidden[-1], mask)
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("pooling",))
+def encode_batch(config: EncoderConfig, dtype: str, params: dict, input_ids: jax.Array, mask: jax.Array,
+                 pooling: Pooling = "auto") -> jax.Array:
+    """Unit vectors [B, D] of token ids [B, L], pooled as `encoders.pool` says."""
+    hidden = encoders.hidden_states(config, params, input_ids, mask, dtype=dtype)
+    return encoders.pool(config, hidden[-1], mask, pooling)
 
 
 def encode_texts(encoder: Encoder, params: dict, tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int = 128,
                  batch_size: int = 64, progress: Callable[[int], None] | None = None,
-                 mesh: Mesh | None = None) -> np.ndarray:
+                 mesh: Mesh | None = None, pooling: Pooling = "auto") -> np.ndarray:
     """[n, D] float32 unit vectors of `texts`; an empty text gets a zero row (see `data.text.present_texts`).
 
     Texts are sorted by length and padded to the next of a few lengths, so that few shapes are compiled; the batch is
     padded to `batch_size` rows. `progress(n)` is called with the number of texts done since the last call. With a
-    `mesh` the rows of a batch are spread over its axis "data".
+    `mesh` the rows of a batch are spread over its axis "data". `pooling` as in `encoders.pool`.
     """
     max_length = min(max_length, encoder.config.max_position_embeddings)
     shares = mesh.shape["data"] if mesh is not None else 1
@@ -64,7 +57,7 @@ def encode_texts(encoder: Encoder, params: dict, tokenizer: Tokenizer, texts: Se
             batch = [np.pad(array, ((0, fill), (0, 0))) for array in (input_ids, mask)]
             if mesh is not None:
                 batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data", None)))
-            vectors = encode_batch(encoder.config, encoder.dtype, params, *batch)
+            vectors = encode_batch(encoder.config, encoder.dtype, params, *batch, pooling=pooling)
             out[rows[chosen]] = np.asarray(vectors)[: len(chosen)]
             if progress is not None:
                 progress(len(chosen))

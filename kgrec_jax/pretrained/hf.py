@@ -1,10 +1,9 @@
-"""Hugging Face checkpoints of BERT, read without transformers' model code."""
+"""Hugging Face checkpoints of BERT, RoBERTa, DistilBERT and GPT-2, read without transformers' model code."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,40 +14,53 @@ import jax.numpy as jnp
 import numpy as np
 
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.models import bert
-
-# Read and set aside: no hidden state and no masked-LM logit depends on them.
-SET_ASIDE = re.compile(r"^(pooler/dense/(kernel|bias)|cls/seq_relationship/(kernel|bias)|embeddings/position_ids)$")
-WORDS = "embeddings/word_embeddings/embedding"
-HEAD_BIAS = "cls/predictions/bias"
-# Copies of tied weights; a checkpoint may hold either of the two, or both.
-TIED = {"cls/predictions/decoder/kernel": WORDS, "cls/predictions/decoder/bias": HEAD_BIAS}
+from kgrec_jax.models import encoders
+from kgrec_jax.models.encoder_config import EncoderConfig, from_hf
+from kgrec_jax.pretrained import files, names
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A BERT with its weights; the methods are pure functions of the weights that they are given."""
+    """An encoder with its weights; the methods are pure functions of the weights that they are given."""
 
-    config: bert.BertConfig
-    params: dict  # {embeddings, encoder} and, with a masked-LM head, cls; float32
+    config: EncoderConfig
+    params: dict  # BERT: {embeddings, encoder} and, with a masked-LM head, cls; GPT: {wte, wpe, h, ln_f}; float32
     has_mlm_head: bool
     tokenizer_folder: Path
     dtype: str = "float32"  # of the computation
 
-    def hidden_states(self, params, input_ids, attention_mask, token_type_ids) -> list[jax.Array]:
-        """Hidden states, layers + 1 arrays [B, L, D], of integer arrays [B, L]; the embeddings' output first."""
-        module = bert.Bert(self.config, jnp.dtype(self.dtype))
-        return module.apply({"params": params}, jnp.asarray(input_ids), jnp.asarray(attention_mask),
-                            jnp.asarray(token_type_ids))
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a decoder, trained to predict the next token."""
+        return encoders.is_causal(self.config)
 
-    def mlm_logits(self, params, input_ids, attention_mask, token_type_ids) -> jax.Array:
+    def with_params(self, params: dict) -> Encoder:
+        """The same encoder with other weights, with or without a masked-LM head."""
+        return dataclasses.replace(self, params=params, has_mlm_head="cls" in params)
+
+    def hidden_states(self, params, input_ids, attention_mask, token_type_ids=None) -> list[jax.Array]:
+        """Hidden states, layers + 1 arrays [B, L, D], of integer arrays [B, L]; the embeddings' output first.
+
+        Encoders without token types do not look at them.
+        """
+        return encoders.hidden_states(self.config, params, input_ids, attention_mask, token_type_ids, dtype=self.dtype)
+
+    def mlm_logits(self, params, input_ids, attention_mask, token_type_ids=None) -> jax.Array:
         """Masked-LM logits [B, L, vocab]; an error where `params` has no head."""
         if "cls" not in params:
             raise KgrecError(f"{self.tokenizer_folder}: found an encoder without a masked-LM head (no cls.predictions "
-                             "weights), expected one; train a head with `kgrec pretrain` or use a BertForMaskedLM "
-                             "checkpoint")
+                             "weights), expected one; train a head with `kgrec pretrain` or use a checkpoint with one "
+                             "(BertForMaskedLM)")
         hidden = self.hidden_states(params, input_ids, attention_mask, token_type_ids)[-1]
-        return bert.mlm_logits(self.config, params, hidden, jnp.dtype(self.dtype))
+        return encoders.logits(self.config, params, hidden, jnp.dtype(self.dtype))
+
+    def causal_logits(self, params, input_ids, attention_mask) -> jax.Array:
+        """Logits [B, L, vocab] of the token after each position; an error where the encoder is no decoder."""
+        if not self.is_causal:
+            raise KgrecError(f"{self.tokenizer_folder}: found a {self.config.model_type}, which sees both sides of a "
+                             "word, expected a causal model (gpt2)")
+        hidden = self.hidden_states(params, input_ids, attention_mask)[-1]
+        return encoders.logits(self.config, params, hidden, jnp.dtype(self.dtype))
 
 
 def _say(text: str) -> None:
@@ -59,7 +71,7 @@ def load_encoder(source: str | Path, dtype: str = "float32", say: Callable[[str]
     """The encoder of a folder (config.json and model.safetensors or flax_model.msgpack, whole or in shards) or of a
     source string (`pypi:NAME==VERSION#member`, `hub:ORG/NAME`).
 
-    Pooler, next-sentence head, position_ids and tied copies are set aside; any other weight that is missing, extra or
+    Pooler, next-sentence head, buffers and tied copies are set aside; any other weight that is missing, extra or
     misshapen is an error that lists both sides. Weights of any float type become float32; `dtype` is that of the
     computation. `say` is told where a source comes from (by default on stderr).
     """
@@ -69,124 +81,74 @@ def load_encoder(source: str | Path, dtype: str = "float32", say: Callable[[str]
 
         folder = resolve(str(source), say=say)
     config = read_config(folder)
-    path, flat = _read_weights(folder)
+    path, flat = files.read_weights(folder, config.model_type)
     params, has_head = merge_weights(config, flat, str(path))
     return Encoder(config, jax.tree.map(jnp.asarray, params), has_head, folder, dtype)
 
 
-def read_config(folder: Path) -> bert.BertConfig:
-    """The BertConfig of folder/config.json."""
+def read_config(folder: Path) -> EncoderConfig:
+    """The config of folder/config.json."""
     path = folder / "config.json"
     if not path.is_file():
-        raise KgrecError(f"{folder}: found no config.json, expected a Hugging Face checkpoint folder")
+        raise KgrecError(f"{folder}: found no config.json, expected a Hugging Face checkpoint folder; give the folder "
+                         "that holds config.json and the weights")
+    fields = files.read_json(path, "a Hugging Face config.json")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise KgrecError(f"{path}: found no readable JSON ({error}), expected a Hugging Face config.json") from error
-    if not isinstance(fields, dict):
-        raise KgrecError(f"{path}: found a JSON {type(fields).__name__}, expected an object")
-    try:
-        return bert.BertConfig.from_hf(fields)
+        return from_hf(fields)
     except KgrecError as error:
         raise KgrecError(str(error).replace("config.json", str(path), 1)) from error
 
 
-def torch_name(name: str) -> str:
-    """Flax path of a torch parameter name, by Hugging Face's rules (LayerNorm gamma/beta of old files too)."""
-    parts = name.split(".")
-    last, owner = parts[-1], parts[-2] if len(parts) > 1 else ""
-    if owner == "LayerNorm":
-        last = {"weight": "scale", "gamma": "scale", "beta": "bias"}.get(last, last)
-    elif last == "weight":
-        last = "embedding" if owner.endswith("_embeddings") else "kernel"
-    return "/".join([*parts[:-1], last])
-
-
-def merge_weights(config: bert.BertConfig, flat: dict[str, np.ndarray], where: str) -> tuple[dict, bool]:
+def merge_weights(config: EncoderConfig, flat: dict[str, np.ndarray], where: str) -> tuple[dict, bool]:
     """(tree, has a masked-LM head) of flat Flax-named weights; a KgrecError lists what does not fit."""
+    kind = config.model_type
+    family = names.FAMILIES[kind]
     found: dict[str, np.ndarray] = {}
     for name, value in flat.items():
-        short = name.removeprefix("bert/")
-        if short in found:
-            raise KgrecError(f"{where}: found {short} both with and without the prefix `bert`, expected it once")
-        if not SET_ASIDE.match(short):
-            found[short] = value
-    for copy, original in TIED.items():
+        ours = names.to_ours(kind, name)
+        if ours in found:
+            raise KgrecError(f"{where}: found {names.to_theirs(kind, ours)} both with and without the prefix "
+                             f"`{family.prefix}`, expected it once")
+        if not re.match(family.set_aside, ours):
+            found[ours] = value
+    for copy, original in family.tied:
         if copy in found:
             value = found.pop(copy).T if copy.endswith("kernel") else found.pop(copy)
             if original not in found:
                 found[original] = value
             elif not np.array_equal(value, found[original]):
-                raise KgrecError(f"{where}: {copy} differs from {original}, expected tied weights")
+                raise KgrecError(f"{where}: {names.to_theirs(kind, copy)} differs from "
+                                 f"{names.to_theirs(kind, original)}, expected tied weights")
     has_head = any(name.startswith("cls/predictions/") for name in found)
-    expected = _expected_shapes(config, has_head)
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    misshapen = [f"{name} {tuple(found[name].shape)} instead of {expected[name]}"
-                 for name in sorted(expected.keys() & found.keys()) if tuple(found[name].shape) != expected[name]]
-    if missing or extra or misshapen:
-        sides = [f"{label}: {', '.join(names) or 'none'}" for label, names in
-                 (("missing", missing), ("extra", extra), ("misshapen", misshapen))]
-        raise KgrecError(f"{where}: the weights do not fit config.json; {'; '.join(sides)}")
+    check_fit(config, {name: value.shape for name, value in found.items()}, has_head, where)
     tree: dict = {}
     for name, value in found.items():
         *parents, leaf = name.split("/")
         node = functools.reduce(lambda at, key: at.setdefault(key, {}), parents, tree)
-        node[leaf] = np.ascontiguousarray(value, np.float32)
+        node[leaf] = files.as_float32(value, names.to_theirs(kind, name), where)
     return tree, has_head
 
 
-def _expected_shapes(config: bert.BertConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
-    key = jax.random.key(0)
-    tree = jax.eval_shape(functools.partial(bert.init_encoder, config), key)
-    if has_head:
-        tree = {**tree, "cls": jax.eval_shape(functools.partial(bert.init_head, config), key)}
-    return {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def leaves(tree: dict) -> dict[str, jax.Array]:
+    """Path -> leaf of a tree of weights."""
+    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """(file read, Flax path -> array) of the folder's checkpoint."""
-    for name, reader in (("model.safetensors", _read_safetensors), ("flax_model.msgpack", _read_msgpack)):
-        whole, index = folder / name, folder / f"{name}.index.json"
-        if whole.is_file():
-            return whole, reader(whole)
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            absent = [shard for shard in shards if not (folder / shard).is_file()]
-            if absent:
-                raise KgrecError(f"{index}: found no file {', '.join(absent)}, expected every shard that it names")
-            flat: dict[str, np.ndarray] = {}
-            for shard in shards:
-                flat.update(reader(folder / shard))
-            return index, flat
-    other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".h5", ".pt", ".onnx"))
-    raise KgrecError(f"{folder}: found {', '.join(other) or 'no weights'}, expected model.safetensors or "
-                     "flax_model.msgpack; save the model with save_pretrained in one of the two")
+def check_fit(config: EncoderConfig, found: dict[str, tuple], has_head: bool, where: str,
+              advice: str = "take both files from the same checkpoint") -> None:
+    """KgrecError listing the weights, by the checkpoint's own names, that are missing, extra or of another shape."""
+    expected = {name: leaf.shape for name, leaf in leaves(encoders.shapes(config, has_head)).items()}
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    other = [name for name in expected.keys() & found.keys() if tuple(found[name]) != expected[name]]
+    if not (missing or extra or other):
+        return
+    theirs = functools.partial(names.to_theirs, config.model_type)
+    sides = (("missing", sorted(map(theirs, missing))), ("extra", sorted(map(theirs, extra))),
+             ("misshapen", [f"{theirs(n)} {tuple(found[n])} instead of {expected[n]}" for n in sorted(other)]))
+    said = "; ".join(f"{label}: {_some(entries)}" for label, entries in sides)
+    raise KgrecError(f"{where}: the weights do not fit config.json; {said}; {advice}")
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        raw = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise KgrecError(f"{path}: found no readable safetensors file ({error}); fetch it again") from error
-    flat = {}
-    for name, value in raw.items():
-        path_name = torch_name(name)
-        flat[path_name] = value.T if path_name.endswith("/kernel") and value.ndim == 2 else value
-    return flat
-
-
-def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    from flax.serialization import msgpack_restore
-    from flax.traverse_util import flatten_dict
-
-    try:
-        tree = msgpack_restore(path.read_bytes())
-        tree = tree.get("params", tree)
-        return {"/".join(keys): np.asarray(value) for keys, value in flatten_dict(tree).items()}
-    except Exception as error:  # msgpack raises a dozen types of its own on a damaged file
-        raise KgrecError(f"{path}: found no readable Flax msgpack ({type(error).__name__}: {error}); "
-                         "fetch it again") from error
+def _some(entries: list[str], most: int = 8) -> str:
+    more = f" and {len(entries) - most} more" if len(entries) > most else ""
+    return ", ".join(entries[:most]) + more if entries else "none"

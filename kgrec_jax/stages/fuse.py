@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from kgrec_jax.data.dataset import Interactions, Split
+from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.choose import LinearChoice, choose_linear
 from kgrec_jax.linear.ease import ease, skip_reason
@@ -24,6 +25,7 @@ from kgrec_jax.models.recommender import FusedModel, histories_of
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.stages import item_features
+from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 from kgrec_jax.stages.fuse_gate import GateConfig, HeldOut, learn_gate
 from kgrec_jax.stages.fuse_parts import Fitter, TowerTraining
 from kgrec_jax.tracking import write_json
@@ -50,7 +52,11 @@ class Config:
 
     @property
     def training(self) -> TowerTraining:
-        """How the towers are trained."""
+        """How the towers are trained; KgrecError for a field out of bounds.
+
+        That is found out here because the estimate at the start of a run asks for it, before any stage has begun.
+        """
+        check(self)
         return TowerTraining(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TowerTraining)})
 
 
@@ -105,10 +111,38 @@ class Choices:
     @staticmethod
     def load(path: pathlib.Path) -> Choices:
         """Reads what `save` wrote."""
-        held = json.loads(path.read_text(encoding="utf-8"))
-        content = None if held["content"] is None else ridge.Choice(**held["content"])
-        return Choices(LinearChoice(**held["linear"]), content, held["text_source"], held["text_compared"],
-                       held["skipped"])
+
+        def build(held: dict) -> Choices:
+            content = None if held["content"] is None else ridge.Choice(**held["content"])
+            return Choices(LinearChoice(**held["linear"]), content, held["text_source"], held["text_compared"],
+                           held["skipped"])
+
+        return _read(path, build)
+
+
+def _read(path: pathlib.Path, build: Callable[[Any], Any]) -> Any:
+    """What `build` makes of a JSON file that this stage wrote; KgrecError where it is damaged or of another version."""
+    try:
+        return build(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KgrecError(f"{path}: found a damaged file ({type(error).__name__}: {error}), expected what the fusion "
+                         f"stage wrote; restore it, or remove {path.parent} and run it again") from None
+
+
+def check(cfg: Config) -> None:
+    """KgrecError naming the first field that no training can do anything with."""
+    many = 1 << 30
+    bounds = {"steps": (0, many), "batch": (1, many), "cf_weight": (0.0, 1e6), "text_length": (3, many),
+              "eval_users": (0, many), "tower.width": (1, many), "tower.layers": (1, 1000), "tower.heads": (1, many),
+              "tower.max_history": (1, many), "tower.part_dropout": (0.0, 0.99), "tower.free_dropout": (0.0, 0.99),
+              "tower.history_dropout": (0.0, 0.99), "tower.temperature": (1e-4, 1e4), "gate.steps": (0, many),
+              "gate.batch": (1, many), "gate.candidates": (1, many), "gate.penalty": (0.0, 1e6),
+              "gate.inner_share": (0.0, 0.9), "gate.guard_share": (0.0, 0.9), "gate.max_users": (1, many)}
+    check_bounds("fuse", cfg, bounds)
+    check_optimizers("fuse", cfg, ("optim", "gate.optim"))
+    if cfg.tower.history == "transformer" and cfg.tower.width % cfg.tower.heads:
+        raise KgrecError(f"fuse.tower.heads: found {cfg.tower.heads}, expected a divisor of fuse.tower.width "
+                         f"{cfg.tower.width}; change one of them")
 
 
 def prepare(experiment: Any, run: Any) -> tuple[Fitter, Choices]:
@@ -158,8 +192,7 @@ def run(experiment: Any, run: Any) -> tuple[FusedModel, dict[str, Part], dict]:
     held = run.stage("fuse") / "gate.json"
     if not held.is_file():
         write_json(held, _learn(experiment, run, fitter))
-    learned = json.loads(held.read_text(encoding="utf-8"))
-    gate = {name: np.asarray(value, np.float32) for name, value in learned["gate"].items()}
+    gate, learned = _read(held, _learned)
     final, parts = fitter.model(run.split.fit, run.stage("fuse") / "tower", gate)
     weights = np.exp(gate["warm"] - gate["warm"].max())
     run.tracker.say("fuse: weights of the parts for warm items: " + ", ".join(
@@ -175,6 +208,11 @@ def _lacking(parts: Mapping[str, Part]) -> dict[str, str]:
     if "features" not in parts and "ease" in parts:
         out["features"] = "no item has words, graph neighbours or vectors to share with another"
     return out
+
+
+def _learned(held: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """(the gate's parameters, all of gate.json)."""
+    return {name: np.asarray(value, np.float32) for name, value in held["gate"].items()}, held
 
 
 def _learn(experiment: Any, run: Any, fitter: Fitter) -> dict:
@@ -193,7 +231,6 @@ def _learn(experiment: Any, run: Any, fitter: Fitter) -> dict:
 def refit(experiment: Any, run: Any, folder: pathlib.Path) -> tuple[FusedModel, Interactions]:
     """The chosen configuration fitted on every interaction of the data set, for use: (model, the log)."""
     fitter, _ = prepare(experiment, run)
-    learned = json.loads((run.stage("fuse") / "gate.json").read_text(encoding="utf-8"))
-    gate = {name: np.asarray(value, np.float32) for name, value in learned["gate"].items()}
+    gate, _ = _read(run.stage("fuse") / "gate.json", _learned)
     log = run.dataset.interactions
     return fitter.model(log, folder / "tower", gate)[0], log

@@ -24,7 +24,6 @@ from kgrec_jax.data.graph import merge_inverse_relations
 from kgrec_jax.data.link_batches import (LinkBatch, LinkRows, LinkSource, TextLinkBatch, TextLinkSource, TripleWords,
                                          encode_queries, hold_out, merge_queries)
 from kgrec_jax.data.text import Tokenizer, coverage, load_tokenizer
-from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.link_prediction import KnownTails, evaluate_link_prediction
 from kgrec_jax.models import bert
 from kgrec_jax.models.graph_embedding import GRAPH_RULES, GraphEmbedding
@@ -32,6 +31,7 @@ from kgrec_jax.models.triple_encoder import TRIPLE_ENCODER_RULES, TripleEncoder
 from kgrec_jax.optim import OptimConfig, make_optimizer
 from kgrec_jax.sharding import padded_rows
 from kgrec_jax.stages import pretrain
+from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 from kgrec_jax.tracking import write_json
 
 # Floating-point operations of the structure training that take about half a minute on two cores: measured, they come to
@@ -114,6 +114,7 @@ def training_graph(graph: Graph) -> tuple[Graph, list[str]]:
 
 def link_data(cfg: Config, graph: Graph, seed: int) -> LinkData:
     """The parts of `graph` (given, or held out by pairs) and the training queries."""
+    check(cfg)  # here too, because the estimate at the start of a run asks first
     given = bool(graph.part.any())
     part = graph.part if given else hold_out(graph.triples, cfg.valid_share, cfg.test_share, seed=seed,
                                              limit=cfg.heldout_limit)
@@ -240,7 +241,7 @@ def run(experiment: Any, run: Any) -> dict:
     and the bridge of the text training. Returns the stage's results, {"skipped": reason} where there is no graph.
     """
     cfg, folder = experiment.graph, run.stage("graph")
-    _check(cfg)
+    check(cfg)
     graph, lines = training_graph(run.dataset.graph)
     if not len(graph.triples):
         return {"skipped": "the data set has no triples"}
@@ -333,17 +334,16 @@ def _save_tables(folder: pathlib.Path, cfg: Config, graph: Graph, tables: dict, 
         "relation_ids": graph.relation_ids, "relation_names": graph.relation_names})
 
 
-def _check(cfg: Config) -> None:
+def check(cfg: Config) -> None:
+    """KgrecError naming the first field that no training can do anything with."""
     many = 1 << 30
     bounds = {"dim": (2, many), "steps": (0, many), "epochs": (1, many), "batch": (1, many), "tails": (1, many),
               "candidates": (1, many), "n3": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
               "heldout_limit": (0, many), "text_steps": (0, many), "text_batch": (1, many), "text_length": (8, many),
               "withhold": (0.0, 1.0), "lora_rank": (1, many), "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9),
               "text_eval": (0, many)}
-    for name, (low, high) in bounds.items():
-        value = getattr(cfg, name)
-        if not low <= value <= high:
-            raise KgrecError(f"graph.{name}: found {value}, expected {low} to {high}; change graph.{name}")
+    check_bounds("graph", cfg, bounds)
+    check_optimizers("graph", cfg, ("optim", "table_optim", "bridge_optim", "encoder_optim"))
 
 
 def _text_seconds(encoder: Any, tokens: int) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +17,7 @@ from kgrec_jax import checkpoint
 from kgrec_jax.data import text as texts
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.graph import edges, graph_features
+from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.parts import ItemWeights
 from kgrec_jax.models.text_encoder import encode_texts
@@ -95,8 +99,7 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix,
     cfg, rows = experiment.fuse, item_texts(run.dataset)
     held = run.stage("fuse") / "text.npz"
     if held.is_file():
-        with np.load(held, allow_pickle=False) as file:
-            return file["vectors"], str(file["source"]), json.loads(str(file["compared"]))
+        return _load_texts(held, len(rows))
     if not any(r.strip() for r in rows):
         return None, "", {}
     encoder = load_encoder(experiment.encoder, say=run.tracker.say)
@@ -122,6 +125,20 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix,
     temporary = held.with_suffix(".tmp.npz")
     np.savez(temporary, vectors=vectors, source=source, compared=json.dumps(compared))
     temporary.replace(held)
+    return vectors, source, compared
+
+
+def _load_texts(path: pathlib.Path, num_items: int) -> tuple[np.ndarray, str, dict[str, float]]:
+    """What `read_texts` kept; KgrecError where the file is damaged or of other items."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            vectors, source, compared = file["vectors"], str(file["source"]), json.loads(str(file["compared"]))
+        if len(vectors) != num_items:
+            raise ValueError(f"{len(vectors):,} vectors for {num_items:,} items")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).partition("\n")[0]
+        raise KgrecError(f"{path}: found a damaged file ({reason}), expected the text vectors that the fusion stage "
+                         "wrote; remove it and run it again") from None
     return vectors, source, compared
 
 
@@ -160,7 +177,8 @@ def build_content(dataset: Any, run: Any, text: np.ndarray | None, text_source: 
     return ItemContent(
         graph=graph, text=text, words=texts.tfidf_words(rows, unit=False) if some_text else None,
         links=links if links is not None and links.nnz else None,
-        media={name: np.where(present[:, None], vectors, 0.0).astype(np.float32) for name, (vectors, present) in dataset.media.items()},
+        media={name: np.where(present[:, None], vectors, 0.0).astype(np.float32)
+               for name, (vectors, present) in dataset.media.items()},
         entity=None if held is None else np.asarray(held["entity"], np.float32),
         relation=None if held is None else np.asarray(held["relation"], np.float32), text_source=text_source)
 

@@ -1,292 +1,236 @@
-"""The pretraining stage: L_MLM over the texts of the data set, so that the encoder has read what it will recommend.
+"""The pretraining stage: hidden tokens (a GPT: next ones) of texts, so that the encoder has read what it recommends.
 
 A checkpoint without a masked-LM head gets a fresh one, which is trained alone first: its first gradients are noise that
-would spoil the encoder. Then head and encoder learn together, the encoder through LoRA; the adapters are merged before
-the weights are handed on.
+would spoil the encoder. Then head and encoder learn together, the encoder through LoRA (merged before the weights are
+handed on) or whole. From scratch, a vocabulary and an encoder of a given shape are learned from the texts alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kgrec_jax import checkpoint, losses, train
-from kgrec_jax.data.dataset import Dataset
-from kgrec_jax.data.mlm_batches import MaskedBatch, MaskedTexts
+from kgrec_jax import checkpoint, train
+from kgrec_jax.data.mlm_batches import SOURCES
 from kgrec_jax.data.text import Tokenizer, coverage, load_tokenizer
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.models import bert, peft
-from kgrec_jax.models.text_encoder import encode_batch
+from kgrec_jax.models import encoders
 from kgrec_jax.optim import OptimConfig, make_optimizer
 from kgrec_jax.pretrained.hf import Encoder, load_encoder
 from kgrec_jax.sharding import put, put_batch, shardings
+from kgrec_jax.stages.pretrain_config import MAX_HEAD_STEPS, MAX_STEPS, Config, Plan, Shape, check, make_plan
+from kgrec_jax.stages.pretrain_corpus import Corpus, learn_vocabulary, make_corpus, open_corpus, source_of, texts_of
+from kgrec_jax.stages.pretrain_model import (evaluate, fresh_encoder, fresh_head, head_of, init, loss, mean_cosine,
+                                             merge, word_counts)
 from kgrec_jax.tracking import write_json
 
-MAX_HEAD_STEPS, MAX_STEPS = 24, 36
-TOKENS_PER_TEXT = 512  # of a long text no more is read
-TOKENS_PER_SECOND = 1000.0  # of a small encoder's training on two cores
+__all__ = ["MAX_HEAD_STEPS", "MAX_STEPS", "Config", "Corpus", "Plan", "Shape", "check", "evaluate", "fresh_head",
+           "init", "loss", "make_corpus", "make_plan", "merge", "run", "stage_encoder", "texts_of"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What the pretraining stage trains and for how long; 0 steps: from the number of texts."""
-
-    mode: Literal["lora", "off"] = "lora"  # off: the encoder stays as it was released, without a masked-LM head
-    head_steps: int = 0  # steps of a fresh head alone; 0: four passes over the texts, at most 24
-    steps: int = 0  # steps of head and adapters; 0: four passes over the texts, at most 36
-    batch: int = 32  # texts of a step
-    length: int = 32  # tokens of a text in a step; a longer text gives a window
-    mask_share: float = 0.15  # of the tokens
-    valid_share: float = 0.1  # of the texts, held out for the figures of done.json
-    valid_limit: int = 256  # texts held out at most
-    lora_rank: int = 8  # rank of the adapters
-    lora_alpha: float = 16.0  # the adapters' product counts alpha / rank
-    head_optim: OptimConfig = OptimConfig(peak_lr=3e-3)  # of the head alone
-    optim: OptimConfig = OptimConfig(peak_lr=3e-4)  # of head and adapters
-    log_every: int = 10  # steps between two rows of metrics.jsonl
-    checkpoint_every: int = 20  # steps between two checkpoints
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The steps that follow from the number of texts, and about how long they take on two cores."""
-
-    head_steps: int
-    steps: int
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """The texts of a data set as token ids, some of them held out."""
-
-    train: tuple[tuple[int, ...], ...]
-    valid: tuple[tuple[int, ...], ...]
-
-
-def texts_of(dataset: Dataset) -> list[str]:
-    """Every distinct non-empty text of items and entities, in order. Interactions have no part in it."""
-    graph = dataset.graph
-    others = zip(graph.entity_names[graph.num_items:], graph.entity_texts[graph.num_items:], strict=True)
-    entities = [f"{name}. {text}" if name else text for name, text in others if text.strip()]
-    return list(dict.fromkeys(text for text in [*dataset.item_texts, *entities] if text.strip()))
-
-
-def make_corpus(cfg: Config, texts: list[str], tokenizer: Tokenizer, seed: int) -> Corpus:
-    """Token ids of `texts`, `valid_share` of them held out by the seed."""
-    ids = [tuple(row) for row in tokenizer.encode(texts, TOKENS_PER_TEXT, special=False) if row]
-    order = np.random.default_rng(seed).permutation(len(ids))
-    held_out = min(int(cfg.valid_share * len(ids)), cfg.valid_limit)
-    return Corpus(tuple(ids[i] for i in np.sort(order[held_out:])), tuple(ids[i] for i in np.sort(order[:held_out])))
-
-
-def make_plan(cfg: Config, num_texts: int, has_head: bool) -> Plan:
-    """Steps of both trainings for so many texts."""
-    four_passes = max(-(-4 * num_texts // cfg.batch), 4)
-    head_steps = 0 if has_head else cfg.head_steps or min(four_passes, MAX_HEAD_STEPS)
-    steps = cfg.steps or min(four_passes, MAX_STEPS)
-    tokens = cfg.batch * cfg.length
-    return Plan(head_steps, steps, 10 + tokens * (steps + head_steps / 2) / TOKENS_PER_SECOND)
-
-
-def fresh_head(config: bert.BertConfig, ids: tuple[tuple[int, ...], ...], key: jax.Array) -> dict:
-    """A masked-LM head that begins as a good guess: the word's frequency in `ids`, plus its likeness to the output.
-
-    Against a random dense layer and a zero bias this saves most of the steps that a fresh head needs.
-    """
-    head = bert.init_head(config, key)["predictions"]
-    counts = np.bincount(np.concatenate([np.asarray(row) for row in ids]), minlength=config.vocab_size) + 0.05
-    dense = {**head["transform"]["dense"], "kernel": jnp.eye(config.hidden_size, dtype=jnp.float32)}
-    return {"predictions": {"transform": {**head["transform"], "dense": dense},
-                            "bias": jnp.asarray(np.log(counts / counts.sum()), jnp.float32)}}
-
-
-def init(cfg: Config, encoder: dict, head: dict, key: jax.Array) -> dict:
-    """What the second training changes: {"lora": adapters of the encoder, "cls": head}."""
-    return {"lora": peft.lora_init(encoder, key, cfg.lora_rank), "cls": head}
-
-
-def merge(cfg: Config, params: dict, encoder: dict) -> dict:
-    """Encoder and head as one tree with the adapters merged."""
-    return {**peft.lora_merge(encoder, params["lora"], cfg.lora_alpha), "cls": params["cls"]}
-
-
-def loss(config: bert.BertConfig, weights: dict, batch: MaskedBatch, key: jax.Array) -> tuple[jax.Array, dict]:
-    """Mean cross-entropy of the hidden tokens (with dropout), and its (sum, count)."""
-    queries, bias = _queries(config, weights, batch, key)
-    each = losses.table_cross_entropy(queries, bert.word_table(weights), batch.targets.reshape(-1),
-                                      weights=batch.weights.reshape(-1), bias=bias)
-    count = batch.weights.sum()
-    return each.sum() / jnp.maximum(count, 1.0), {"mlm_loss": (each.sum(), count)}
-
-
-def evaluate(config: bert.BertConfig, weights: dict, batches: MaskedTexts, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Accuracy and perplexity of the hidden tokens of `batches`; nothing where there are none."""
-    sums = np.zeros(3)
-    for step in range(len(batches)):
-        sums += np.asarray(_score(config, weights, put_batch(batches[step], mesh)), np.float64)
-    if not sums[2]:
-        return {}
-    return {"masked_accuracy": sums[0] / sums[2], "perplexity": float(np.exp(sums[1] / sums[2]))}
-
-
-def _queries(config, weights, batch, key=None):
-    """(queries [B M, D], bias [vocab]) of the hidden tokens; with dropout where there is a key."""
-    rngs = None if key is None else {"dropout": key}
-    hidden = bert.Bert(config).apply({"params": weights}, batch.input_ids, batch.attention_mask,
-                                     jnp.zeros_like(batch.input_ids), deterministic=key is None, rngs=rngs)[-1]
-    masked = bert.gather_positions(hidden, batch.positions)  # [B, M, D]
-    return bert.mlm_queries(config, weights, masked.reshape(-1, masked.shape[-1]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score(config, weights, batch):
-    """(right answers, summed loss, number) of the hidden tokens, [3]."""
-    queries, bias = _queries(config, weights, batch)
-    logits = queries @ bert.word_table(weights).T + bias[None]  # [B M, vocab]
-    targets, counts = batch.targets.reshape(-1), batch.weights.reshape(-1)
-    right = jnp.where(jnp.argmax(logits, axis=-1) == targets, counts, 0.0)
-    each = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jnp.stack([right.sum(), (each * counts).sum(), counts.sum()])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mean_cosine(config, weights, input_ids, attention_mask):
-    """Mean cosine between two texts of a batch (rows without a token are padding); near 1, nothing is told apart."""
-    vectors = encode_batch(config, "float32", weights, input_ids, attention_mask)  # [B, D]
-    number = (attention_mask.sum(1) > 0).sum().astype(jnp.float32)
-    return (jnp.square(vectors.sum(0)).sum() - number) / jnp.maximum(number * (number - 1), 1.0)
+_MINILM = 6 * (4 * 384**2 + 2 * 384 * 1536)  # weights of the layers by which TOKENS_PER_SECOND is measured
+FIGURES = ("masked_accuracy", "next_token_accuracy", "perplexity")
 
 
 def run(experiment: Any, run: Any) -> dict:
-    """Adapts the encoder to the texts of the data set; leaves `encoder` (weights with head) and `encoder.json`.
+    """Trains the encoder on the texts; leaves `encoder` (weights with head) and `encoder.json`, from scratch also
+    `tokenizer`; a corpus of files is kept as `tokens`.
 
-    Returns what done.json holds: steps, accuracy and perplexity on held-out texts after the head alone and at the end,
-    the mean cosine between texts before and after; or {"skipped": reason}, and then the released encoder is what the
-    next stages use, or none where the tokenizer does not know the language (`text_fallback` is true).
+    Returns what done.json holds: steps, accuracy and perplexity on held-out texts after the head alone and at the end
+    (of a longer training also the way there), the mean cosine between texts before and after; or {"skipped": reason},
+    and then the released encoder is what the next stages use, or none where the tokenizer does not know the language
+    (`text_fallback` is true).
     """
     cfg: Config = experiment.pretrain
     if cfg.mode == "off":
         return {"skipped": "pretrain.mode is off"}
-    texts = texts_of(run.dataset)
-    if not texts:
+    check(cfg)
+    source = source_of(cfg, run)
+    if source is None:
         return {"skipped": "neither items nor entities have texts"}
-    encoder = load_encoder(experiment.encoder, say=run.tracker.say)
-    tokenizer = load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
+    folder, say = run.stage("pretrain"), run.tracker.say
+    if cfg.mode == "scratch":
+        tokens = learn_vocabulary(cfg, source, folder / "tokenizer", experiment.seed, say)
+        tokenizer = load_tokenizer(tokens)
+        causal = cfg.objective == "causal"
+        encoder = Encoder(cfg.shape.encoder(tokenizer.vocab_size, causal), {}, not causal, tokens)
+    else:
+        encoder = load_encoder(experiment.encoder, say=say)
+        tokenizer = load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
+    check(cfg, encoder.config)
+    texts = source.sample() if source.files else [text for text, _ in source.read()]
     known = coverage(tokenizer, texts)
     figures = {"texts": len(texts), "coverage": dataclasses.asdict(known)}
     if known.reason:
+        if source.files:
+            raise KgrecError(f"pretrain.corpus: found that {known.reason}, expected texts in the encoder's language; "
+                             "take another encoder or pretrain.mode scratch")
         reason = f"{known.reason}: the text part uses character n-grams instead"
         return {"skipped": reason, "text_fallback": True, **figures}
-    _check(cfg, encoder.config)
-    corpus = make_corpus(cfg, texts, tokenizer, experiment.seed)
-    plan = make_plan(cfg, len(corpus.train), encoder.has_mlm_head)
-    trained = _Training(cfg, encoder, tokenizer, corpus, plan, experiment.seed, run).both()
-    folder = run.stage("pretrain")
+    corpus = open_corpus(cfg, source, tokenizer, run, experiment.seed)
+    figures |= {"texts": corpus.documents, "tokens": corpus.tokens} if source.files else {}
+    training = _Training(cfg, encoder, tokenizer, corpus, experiment.seed, run)
+    training.announce()
+    trained = training.run_all()
     checkpoint.save_tree(folder / "encoder", trained.pop("weights"))
-    about = {"format_version": 1, "source": experiment.encoder, "config": encoder.config.to_hf()}
+    own = cfg.mode == "scratch"
+    about = {"format_version": 1, "source": "scratch" if own else experiment.encoder,
+             "tokenizer": "tokenizer" if own else "", "config": encoder.config.to_hf()}
     write_json(folder / "encoder.json", about)
+    plan = training.plan
     return {**figures, "head_steps": plan.head_steps, "steps": plan.steps, **trained}
+
+
+def released_encoder(experiment: Any, run: Any) -> Encoder:
+    """The encoder with which all stages share tokenizer and shape: as released, or the one trained from scratch."""
+    own = experiment.pretrain.mode == "scratch" and (run.stage("pretrain") / "encoder").is_dir()
+    return stage_encoder(experiment, run) if own else load_encoder(experiment.encoder, say=run.tracker.say)
 
 
 def stage_encoder(experiment: Any, run: Any) -> Encoder:
     """The encoder as this stage left it, or as released where the stage was skipped."""
-    encoder = load_encoder(experiment.encoder, say=run.tracker.say)
-    folder = run.stage("pretrain") / "encoder"
-    if not folder.is_dir():
-        return encoder
-    head = jax.eval_shape(functools.partial(bert.init_head, encoder.config), jax.random.key(0))
-    backbone = {name: encoder.params[name] for name in ("embeddings", "encoder")}
-    weights = checkpoint.load_tree(folder, {**backbone, "cls": head})
+    folder = run.stage("pretrain")
+    file = folder / "encoder.json"
+    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if about.get("tokenizer"):
+        encoder = Encoder(encoders.from_hf(about["config"]), {}, False, folder / about["tokenizer"])
+    else:
+        encoder = load_encoder(experiment.encoder, say=run.tracker.say)
+        if not (folder / "encoder").is_dir():
+            return encoder
+    has_head = not encoder.is_causal
+    weights = checkpoint.load_tree(folder / "encoder", encoders.shapes(encoder.config, has_head))
     # Read onto one device and bound to it: by way of the host they go wherever a mesh of several needs them.
     weights = jax.tree.map(jnp.asarray, jax.device_get(weights))
-    return dataclasses.replace(encoder, params=weights, has_mlm_head=True)
-
-
-def _check(cfg: Config, config: bert.BertConfig) -> None:
-    bounds = {"length": (3, config.max_position_embeddings), "lora_rank": (1, config.hidden_size),
-              "batch": (1, 1 << 20), "mask_share": (1e-6, 0.99), "valid_share": (0.0, 0.9)}
-    for name, (low, high) in bounds.items():
-        value = getattr(cfg, name)
-        if not low <= value <= high:
-            raise KgrecError(f"pretrain.{name}: found {value}, expected {low} to {high}")
+    return dataclasses.replace(encoder, params=weights, has_mlm_head=has_head)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """The two trainings of the stage over one corpus."""
+    """The trainings of the stage over one corpus."""
 
     cfg: Config
     encoder: Encoder
     tokenizer: Tokenizer
     corpus: Corpus
-    plan: Plan
     seed: int
     run: Any
 
-    def both(self) -> dict:
-        """The merged weights and the figures of done.json."""
-        config, given, mesh = self.encoder.config, self.encoder.params, self.run.mesh
-        backbone = {name: given[name] for name in ("embeddings", "encoder")}
-        placed = put(backbone, shardings(backbone, mesh, bert.BERT_RULES))
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Steps; packed rows count as texts."""
+        source = self.batches(self.corpus.train, 0, 2)
+        rows = source.rows if self.cfg.rows == "packed" else len(self.corpus.train)
+        return make_plan(self.cfg, rows, encoders.has_head(self.encoder.config, self.encoder.params))
+
+    def announce(self) -> None:
+        """Says what is going to happen where the budget of the run cannot foresee it."""
+        if not self.cfg.told:
+            return
+        cfg, shape, plan = self.cfg, self.encoder.config, self.plan
+        layers = shape.num_hidden_layers * (4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size)
+        weights = layers + cfg.mask_share * shape.vocab_size * shape.hidden_size
+        self.run.tracker.say(
+            f"pretrain: {cfg.mode}, {shape.num_hidden_layers} layers × {shape.hidden_size}, {shape.vocab_size:,} word "
+            f"pieces; {plan.steps:,} steps of {cfg.batch * cfg.accumulate} × {cfg.length} tokens, "
+            f"about {plan.seconds * weights / _MINILM / 60:.1f} minutes on two idle cores")
+
+    def run_all(self) -> dict:
+        """The weights as one tree and the figures of done.json."""
+        cfg, config, given, mesh = self.cfg, self.encoder.config, self.encoder.params, self.run.mesh
+        out: dict[str, Any] = {"seconds": 0.0}
         probe = self.probe()
-        out: dict[str, Any] = {"seconds": 0.0, "cosine_before": float(_mean_cosine(config, placed, *probe))}
-        if self.encoder.has_mlm_head:
-            head = given["cls"]
+        if cfg.mode == "scratch":
+            counts = word_counts(self.corpus.train, config.vocab_size)
+            fitted = self.fit("scratch", self.plan.steps, cfg.optim, {}, join=lambda params, base: params,
+                              init_fn=functools.partial(fresh_encoder, config, counts))
+            out["weights"] = fitted.params
         else:
-            fitted = self.fit("head", self.plan.head_steps, self.cfg.head_optim, placed,
-                              init_fn=functools.partial(fresh_head, config, self.corpus.train),
-                              join=lambda head, base: {**base, "cls": head})
-            head, out["head_only"] = fitted.params, self.figures(fitted)
-            out["seconds"] += fitted.seconds
-        fitted = self.fit("lora", self.plan.steps, self.cfg.optim, placed,
-                          init_fn=lambda key: init(self.cfg, backbone, head, key),
-                          join=lambda params, base: merge(self.cfg, params, base))
+            backbone = encoders.backbone(config, given)
+            placed = put(backbone, shardings(backbone, mesh, encoders.rules(config)))
+            out["cosine_before"] = float(mean_cosine(config, placed, *probe))
+            head = given.get("cls", {}) if encoders.has_head(config, given) else self.head(placed, out)
+            if cfg.mode == "lora":
+                fitted = self.fit("lora", self.plan.steps, cfg.optim, placed,
+                                  init_fn=lambda key: init(cfg, backbone, head, key),
+                                  join=lambda params, base: merge(cfg, params, base))
+                out["weights"] = jax.jit(functools.partial(merge, cfg))(fitted.params, placed)
+            else:
+                fitted = self.fit("full", self.plan.steps, cfg.optim, {}, join=lambda params, base: params,
+                                  init_fn=lambda key: {**backbone, **({"cls": head} if head else {})})
+                out["weights"] = fitted.params
         out["heldout"] = self.figures(fitted)
         out["seconds"] += fitted.seconds
-        out["weights"] = jax.jit(functools.partial(merge, self.cfg))(fitted.params, placed)
-        out["cosine_after"] = float(_mean_cosine(config, out["weights"], *probe))
+        if cfg.told:
+            out["way"] = self.way(cfg.mode)
+        out["cosine_after"] = float(mean_cosine(config, out["weights"], *probe))
         return out
+
+    def head(self, placed: dict, out: dict) -> dict:
+        """A fresh head, trained alone."""
+        counts = word_counts(self.corpus.train, self.encoder.config.vocab_size)
+        fitted = self.fit("head", self.plan.head_steps, self.cfg.head_optim, placed,
+                          init_fn=functools.partial(head_of, self.encoder.config, counts),
+                          join=lambda head, base: {**base, "cls": head})
+        out["head_only"] = self.figures(fitted)
+        out["seconds"] += fitted.seconds
+        return fitted.params
 
     def probe(self) -> tuple[jax.Array, jax.Array]:
         """Ids and mask [B, L] of evenly spaced texts with nothing hidden; rows without text are padding."""
         ids, rows = self.corpus.train, self.cfg.batch
-        chosen = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int))]
-        special = [(self.tokenizer.cls_id, *row[: self.cfg.length - 2], self.tokenizer.sep_id) for row in chosen]
+        chosen = [np.asarray(ids[i]) for i in np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int))]
+        special = [(self.tokenizer.cls_id, *np.where(row < 0, ~row, row)[: self.cfg.length - 2].tolist(),
+                    self.tokenizer.sep_id) for row in chosen]
         return put_batch(self.tokenizer.pad([*special, *[()] * (rows - len(special))], self.cfg.length), self.run.mesh)
 
-    def batches(self, ids: tuple, num_steps: int, stream: int, cover: bool = False) -> MaskedTexts:
+    def batches(self, ids: Any, num_steps: int, stream: int, cover: bool = False) -> Any:
         """Batches over `ids`; `stream` keeps the trainings from seeing the same ones."""
         cfg = self.cfg
-        return MaskedTexts(ids, self.tokenizer, num_steps, cfg.batch, cfg.length, cfg.mask_share, (self.seed, stream),
-                           cover)
+        batch = cfg.batch if cover else cfg.batch * cfg.accumulate
+        by = "next" if self.encoder.is_causal else "token" if cfg.masking == "token" else "word"
+        return SOURCES[cfg.rows](ids, self.tokenizer, num_steps, batch, cfg.length, cfg.mask_share,
+                                 (self.seed, stream), cover, by)
+
+    def heldout(self) -> Any:
+        """Batches that cover the held-out texts; of packed ones at most `valid_limit` rows."""
+        cfg, ids = self.cfg, self.corpus.valid
+        steps = self.batches(ids, 0, 0, cover=True).per_epoch if len(ids) else 0
+        return self.batches(ids, min(steps, -(-cfg.valid_limit // cfg.batch)), 0, cover=True)
 
     def fit(self, name: str, num_steps: int, optim: OptimConfig, backbone: dict, *, init_fn: Callable,
             join: Callable[[dict, dict], dict]) -> train.FitResult:
         """One training; `join(params, backbone)` gives the whole tree of weights."""
-        config, run = self.encoder.config, self.run
-        stream = 1 if name == "head" else 2
-        heldout = self.batches(self.corpus.valid, -(-len(self.corpus.valid) // self.cfg.batch), 0, cover=True)
-        joined = jax.jit(join)
+        cfg, config, run = self.cfg, self.encoder.config, self.run
+        heldout, joined, told = self.heldout(), jax.jit(join), cfg.told and name != "head"
+        every = cfg.eval_every or max(1, num_steps // 10)
 
         def loss_fn(params, constants, batch, key):
-            return loss(config, join(params, constants), batch, key)
+            return loss(config, join(params, constants), batch, key, cfg.dtype, cfg.remat == "on")
 
         return train.fit(
             workdir=run.stage("pretrain") / name, init_fn=init_fn, loss_fn=loss_fn, constants=backbone,
-            source=self.batches(self.corpus.train, num_steps, stream), tx=make_optimizer(optim, num_steps),
-            seed=self.seed, mesh=run.mesh, rules=bert.BERT_RULES, log_every=self.cfg.log_every,
-            checkpoint_every=self.cfg.checkpoint_every,
+            source=self.batches(self.corpus.train, num_steps, 1 if name == "head" else 2),
+            tx=make_optimizer(optim, num_steps), seed=self.seed, mesh=run.mesh, rules=encoders.rules(config),
+            log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every, eval_every=every if told else 0,
             evaluate=lambda params: evaluate(config, joined(params, backbone), heldout, run.mesh),
+            accumulate=cfg.accumulate, ema=cfg.ema if name != "head" else 0.0, tell=told,
             label=f"pretrain ({name})", tracker=run.tracker)
+
+    def way(self, name: str) -> list[dict[str, float]]:
+        """The evaluations of a training, from its metrics.jsonl."""
+        file = self.run.stage("pretrain") / name / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        return [{"step": row["step"], **{n: row[n] for n in FIGURES if n in row}} for row in rows
+                if "perplexity" in row]
 
     @staticmethod
     def figures(fitted: train.FitResult) -> dict[str, float]:
         """The last evaluation of a training."""
-        return {name: fitted.metrics[name] for name in ("masked_accuracy", "perplexity") if name in fitted.metrics}
+        return {name: fitted.metrics[name] for name in FIGURES if name in fitted.metrics}

@@ -1,0 +1,1 @@
+"""What `kgrec bench` measures; see `kgrec_jax.bench_commands` for the door."""
