@@ -52,24 +52,25 @@ class PeftConfig:
 
 
 def check(cfg: PeftConfig, config: bert.BertConfig) -> None:
-    """KgrecError naming the first field that is out of bounds for an encoder of this shape, or a decoder."""
+    """KgrecError naming the first field of the method that is out of bounds for an encoder of this shape, or a decoder."""
     if not isinstance(config, bert.BertConfig):
         raise KgrecError(f"encoder: found a {config.model_type}, expected a BERT, RoBERTa or DistilBERT; the tuning "
                          "methods know their layers alone")
     width, many = config.hidden_size, 1 << 20
-    most = cfg.rank if cfg.method == "adalora" else many
-    bounds = {"rank": (1, width), "alpha": (0.0, 1e6), "target_rank": (1, most), "start_share": (0.0, 1.0),
-              "settle_share": (0.0, 1.0), "every": (1, many), "beta1": (0.0, 1.0), "beta2": (0.0, 1.0),
-              "orthogonality": (0.0, 1e6), "bottleneck": (1, many), "prefix_length": (1, many),
-              "prompt_length": (0, config.max_position_embeddings - 1),
-              "frozen_layers": (-1, config.num_hidden_layers)}
+    sums = {"rank": (1, width), "alpha": (0.0, 1e6)}
+    bounds = {"lora": sums, "adalora": sums | {
+        "target_rank": (1, cfg.rank), "start_share": (0.0, 1.0), "settle_share": (0.0, 1.0), "every": (1, many),
+        "beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "orthogonality": (0.0, 1e6)},
+        "houlsby": {"bottleneck": (1, many)}, "prefix": {"prefix_length": (1, many)},
+        "prompt": {"prompt_length": (0, config.max_position_embeddings - 1)},
+        "layers": {"frozen_layers": (-1, config.num_hidden_layers)}}
     if cfg.method not in METHODS:
         raise KgrecError(f"peft.method: found {cfg.method!r}, expected one of {', '.join(METHODS)}")
-    for name, (low, high) in bounds.items():
+    for name, (low, high) in bounds.get(cfg.method, {}).items():
         value = getattr(cfg, name)
         if not low <= value <= high:
             raise KgrecError(f"peft.{name}: found {value}, expected {low} to {high}; change peft.{name}")
-    if cfg.start_share + cfg.settle_share > 1:
+    if cfg.method == "adalora" and cfg.start_share + cfg.settle_share > 1:
         raise KgrecError(f"peft.settle_share: found {cfg.settle_share} beside start_share {cfg.start_share}, expected "
                          "at most 1 together; lower one of them")
 
