@@ -145,7 +145,7 @@ def test_whole_words_are_hidden_together(english):
     shares = np.mean(shown, axis=0)
     assert shares.min() > 0.08 and abs(shares.mean() - 0.2) < 0.04
     long = MaskedTexts(((20, ~21, ~22, ~23, ~24, ~25),), english, 1, 1, 8, 0.3, (0, 1), masking="word")[0]
-    assert long.weights.sum() == 2 and long.positions[0].tolist() == [1, 2], "a word longer than the share: a part of it"
+    assert long.weights.sum() == 2 and long.positions[0].tolist() == [1, 2], "a part of a word longer than the share"
 
 
 def test_the_next_token_is_asked_for(english):

@@ -110,7 +110,8 @@ def test_tables_have_an_optimiser_of_their_own():
 
 @pytest.mark.parametrize("change,words", [
     ({"peak_lr": -1.0}, "optim.peak_lr: found -1.0"), ({"warmup_share": 1.5}, "optim.warmup_share: found 1.5"),
-    ({"layer_decay": 1.1}, "optim.layer_decay: found 1.1"), ({"peak_lr": float("nan")}, "optim.peak_lr"), ({"table_patterns": ("(",)}, "optim.table_patterns")])
+    ({"layer_decay": 1.1}, "optim.layer_decay: found 1.1"),
+    ({"peak_lr": float("nan")}, "optim.peak_lr"), ({"table_patterns": ("(",)}, "optim.table_patterns")])
 def test_bad_fields(change, words):
     with pytest.raises(KgrecError) as error:
         make_optimizer(dataclasses.replace(OptimConfig(), **change), 10)
@@ -118,7 +119,8 @@ def test_bad_fields(change, words):
 
 
 ENCODER = {"embeddings": {"word_embeddings": {"embedding": (5, 4)}},
-           "encoder": {"layer": {"0": {"dense": {"kernel": (4, 4), "bias": (4,)}}, "10": {"dense": {"kernel": (4, 4)}}}},
+           "encoder": {"layer": {"0": {"dense": {"kernel": (4, 4), "bias": (4,)}},
+                                 "10": {"dense": {"kernel": (4, 4)}}}},
            "cls": {"bias": (5,)}}
 
 
@@ -158,7 +160,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     rng = np.random.default_rng(1)
     weights = (rng.random((12, 3)) < 0.4).astype(np.float32)
     weights[0::2] = 0  # with two parts, one of them counts nothing
-    batch = {"x": jnp.asarray(rng.normal(size=(12, 4)), jnp.float32), "weights": jnp.asarray(weights), "n": jnp.ones(())}
+    batch = {"x": jnp.asarray(rng.normal(size=(12, 4)), jnp.float32), "weights": jnp.asarray(weights),
+             "n": jnp.ones(())}
     args = params(), jnp.float32(0.1), batch, jax.random.key(0)
     (want, _), whole = jax.value_and_grad(masked_loss, has_aux=True)(*args)
     (got, pairs), grads = jax.jit(accumulated(masked_loss, parts))(*args)

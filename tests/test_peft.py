@@ -205,7 +205,8 @@ def test_allocation_keeps_the_important_ranks_within_the_budget():
 @pytest.mark.parametrize("fields, said", [
     ({"method": "nothing"}, "peft.method: found 'nothing'"), ({"rank": 9}, "peft.rank: found 9, expected 1 to 8"),
     ({"method": "adalora", "rank": 2, "target_rank": 3}, "peft.target_rank: found 3, expected 1 to 2"),
-    ({"method": "layers", "frozen_layers": 3}, "peft.frozen_layers"), ({"method": "adalora", "start_share": 0.8, "settle_share": 0.5}, "peft.settle_share"),
+    ({"method": "layers", "frozen_layers": 3}, "peft.frozen_layers"),
+    ({"method": "adalora", "start_share": 0.8, "settle_share": 0.5}, "peft.settle_share"),
     ({"method": "prompt", "prompt_length": 8}, "peft.prompt_length: found 8, expected 0 to 7")])
 def test_fields_out_of_bounds(fields, said):
     with pytest.raises(KgrecError, match=said):

@@ -137,3 +137,14 @@ def test_held_out_texts_are_not_trained_on(experiment, world):
     corpus = pretrain.make_corpus(CONFIG, texts, load_tokenizer(encoder.tokenizer_folder), seed=0)
     assert len(corpus.valid) == len(texts) // 10 and len(corpus.train) + len(corpus.valid) == len(texts)
     assert not set(corpus.train) & set(corpus.valid)
+
+
+def test_words_of_the_data_set_can_be_hidden_whole(experiment, world):
+    """A token that goes on with a word is marked; otherwise the texts are the same."""
+    tokenizer = load_tokenizer(load_encoder(experiment.encoder).tokenizer_folder)
+    plain, marked = (pretrain.make_corpus(dataclasses.replace(CONFIG, masking=masking), pretrain.texts_of(world),
+                                          tokenizer, seed=0).train for masking in ("token", "word"))
+    names = tokenizer.backend.convert_ids_to_tokens
+    for row, other in zip(plain, marked, strict=True):
+        assert row == tuple(~t if t < 0 else t for t in other)
+        assert [t < 0 for t in other] == [name.startswith("##") for name in names(list(row))]

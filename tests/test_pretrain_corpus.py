@@ -77,6 +77,7 @@ def test_from_scratch(scratch, texts):
     jax.tree.map(np.testing.assert_array_equal, released.params, encoder.params)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_the_same(scratch, tmp_path, monkeypatch):
     """Stopped between two checkpoints and two evaluations: the batches, the average and the figures go on."""
     experiment, run, results = scratch
@@ -118,6 +119,7 @@ def test_causal_from_scratch(folder, tmp_path):
     assert encoder.is_causal and not encoder.has_mlm_head and "wte" in encoder.params
 
 
+@pytest.mark.slow
 def test_the_whole_encoder_learns(folder, texts, tmp_path):
     source = str(make_tiny_encoder(tmp_path / "tiny", texts, kind="torch-mlm"))
     cfg = pretrain.Config(mode="full", corpus=(str(folder),), steps=10, head_steps=4, batch=8, length=16,
@@ -161,7 +163,8 @@ class Loss:
     """The loss of a tiny encoder on packed rows of some texts."""
 
     def __init__(self, texts, folder, causal=False, **shape):
-        self.tokenizer, self.masking = load_tokenizer(make_tiny_encoder(folder / "t", texts)), "next" if causal else "token"
+        self.tokenizer = load_tokenizer(make_tiny_encoder(folder / "t", texts))
+        self.masking = "next" if causal else "token"
         self.config = dataclasses.replace(SHAPE, **shape).encoder(self.tokenizer.vocab_size, causal)
         self.ids = tuple(map(tuple, self.tokenizer.encode(texts, 99, special=False)))
 
@@ -172,7 +175,7 @@ class Loss:
         return pretrain.loss(self.config, params, batch, key, **options)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_remat_keeps_less_and_changes_nothing_else(texts, tmp_path, causal):
     loss = Loss(texts, tmp_path, causal=causal)
     params, key = encoders.init(loss.config, jax.random.key(0), head=True), jax.random.key(1)

@@ -20,7 +20,6 @@ import io
 import itertools
 import json
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,13 +108,11 @@ def _in_folder(folder: Path) -> tuple[list[CorpusFile], list[CorpusFile]]:
     if any(tables):
         files = [_file(table, "") for table in tables if table]
         return [file for file in files if _tells(file)], []
-    found, others = [], []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
-            file = _file(path, "")
-            (found if file.kind and _tells(file) else others).append(file)
-    return found, others
+    paths = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    files = [_file(path, "") for path in paths]
+    told = [bool(file.kind) and _tells(file) for file in files]
+    return [f for f, t in zip(files, told, strict=True) if t], [f for f, t in zip(files, told, strict=True) if not t]
 
 
 def _tells(file: CorpusFile) -> bool:
@@ -124,8 +121,8 @@ def _tells(file: CorpusFile) -> bool:
         return bool(_columns(_parquet(file.path).schema_arrow.names)[1])
     if file.kind not in ("tsv", "csv"):
         return True
-    lines = (line for _, line, _ in _lines(file.path))
-    return bool(_columns(next(csv.reader(lines), []) if file.kind == "csv" else next(lines, "").split("\t"))[1])
+    first = next((line for _, line, _ in _lines(file.path)), "")
+    return bool(_columns(next(csv.reader([first]), []) if file.kind == "csv" else first.split("\t"))[1])
 
 
 def _of_file(file: CorpusFile) -> Iterator[tuple[str, int]]:

@@ -122,7 +122,29 @@ def _lengths(ids: Sequence) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedTexts:
+class _Texts:
+    """What all three kinds of batches are made of."""
+
+    ids: Sequence[Sequence[int]]
+    tokenizer: Tokenizer
+    num_steps: int
+    batch: int  # rows of a batch
+    length: int  # L, tokens of a row with the special ones
+    mask_share: float
+    seed: tuple[int, ...]
+    cover: bool = False  # go over the texts once, in their order
+    masking: Masking = "token"
+    _orders: _Orders = dataclasses.field(default_factory=_Orders, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def _drawing(self, step: int) -> tuple[np.random.Generator, Mask]:
+        return np.random.default_rng([*self.seed, 0, step]), Mask(self.tokenizer, self.mask_share, self.masking)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTexts(_Texts):
     """`num_steps` batches over `ids`, a text a row, all of one length.
 
     Every text is seen once before any is seen again. A text longer than the batch's rows gives a window of itself,
@@ -130,27 +152,13 @@ class MaskedTexts:
     have weight 0.
     """
 
-    ids: Sequence[Sequence[int]]
-    tokenizer: Tokenizer
-    num_steps: int
-    batch: int
-    length: int
-    mask_share: float
-    seed: tuple[int, ...]
-    cover: bool = False
-    masking: Masking = "token"
-    _orders: _Orders = dataclasses.field(default_factory=_Orders, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self.num_steps
-
     @property
     def per_epoch(self) -> int:
         """Batches that show every text once."""
         return -(-len(self.ids) // self.batch)
 
     def __getitem__(self, step: int) -> MaskedBatch:
-        rng, mask = np.random.default_rng([*self.seed, 0, step]), Mask(self.tokenizer, self.mask_share, self.masking)
+        rng, mask = self._drawing(step)
         out = mask.empty(self.batch, self.length, self.length - 2)
         for row, text in enumerate(self._texts(step)):
             mask.write_text(out, row, self.ids[text], rng)
@@ -170,27 +178,13 @@ class MaskedTexts:
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketedTexts:
+class BucketedTexts(_Texts):
     """`num_steps` batches over `ids`, a text a row, texts of like length together.
 
     A batch is of length L, L/2 or L/4 (16 at least) and has as many rows as make batch · L tokens: a few fixed shapes,
     little padding. Every text is seen once in an epoch; the last batch of a length is filled up with rows of weight 0.
     Texts longer than L give windows. `cover=True`: as in `MaskedTexts`.
     """
-
-    ids: Sequence[Sequence[int]]
-    tokenizer: Tokenizer
-    num_steps: int
-    batch: int
-    length: int
-    mask_share: float
-    seed: tuple[int, ...]
-    cover: bool = False
-    masking: Masking = "token"
-    _orders: _Orders = dataclasses.field(default_factory=_Orders, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self.num_steps
 
     @property
     def bounds(self) -> list[int]:
@@ -205,7 +199,7 @@ class BucketedTexts:
     def __getitem__(self, step: int) -> MaskedBatch:
         batches = self._epoch(step // self.per_epoch)
         length, texts = batches[step % self.per_epoch]
-        rng, mask = np.random.default_rng([*self.seed, 0, step]), Mask(self.tokenizer, self.mask_share, self.masking)
+        rng, mask = self._drawing(step)
         out = mask.empty(self._rows(length), length, length - 2)
         for row, text in enumerate(texts):
             mask.write_text(out, row, self.ids[int(text)], rng)
@@ -231,27 +225,13 @@ class BucketedTexts:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedTexts:
+class PackedTexts(_Texts):
     """`num_steps` batches over `ids`, the texts one after another, each ended by [SEP], in rows without padding.
 
     A row is [CLS] and the next L − 1 tokens, whatever texts they are of (Liu et al. 2019, RoBERTa); a text goes on in
     the next row. An epoch has every token of every text once, in an order of the texts of its own; its last row is
     filled up. `cover=True`: the texts in their order, rows past the end have weight 0.
     """
-
-    ids: Sequence[Sequence[int]]
-    tokenizer: Tokenizer
-    num_steps: int
-    batch: int
-    length: int
-    mask_share: float
-    seed: tuple[int, ...]
-    cover: bool = False
-    masking: Masking = "token"
-    _orders: _Orders = dataclasses.field(default_factory=_Orders, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self.num_steps
 
     @functools.cached_property
     def rows(self) -> int:
@@ -264,7 +244,7 @@ class PackedTexts:
         return -(-self.rows // self.batch)
 
     def __getitem__(self, step: int) -> MaskedBatch:
-        rng, mask = np.random.default_rng([*self.seed, 0, step]), Mask(self.tokenizer, self.mask_share, self.masking)
+        rng, mask = self._drawing(step)
         out = mask.empty(self.batch, self.length, self.length - 1)
         rows = self.rows
         for row, at in enumerate(range(step * self.batch, (step + 1) * self.batch)):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.encoder_config import ACTIVATIONS, BertConfig
+from kgrec_jax.models.layers import Dense, Dropout, heads_first, heads_last
 
 # Tensor parallelism over "model"; the vocabulary stays whole because 30522 rows divide by no useful axis.
 BERT_RULES = (
@@ -26,9 +27,9 @@ BERT_RULES = (
 )
 
 
-def _dense(config: BertConfig, features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+def _dense(config: BertConfig, features: int, dtype: jnp.dtype, name: str) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 class LayerNorm(nn.Module):
@@ -88,7 +89,7 @@ class Embeddings(nn.Module):
             hidden = hidden + nn.Embed(cfg.type_vocab_size, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
                                        name="token_type_embeddings")(token_type_ids)
         hidden = LayerNorm(cfg.layer_norm_eps, name="LayerNorm")(hidden)
-        return nn.Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=deterministic)
+        return Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=deterministic)
 
     def _positions(self, attention_mask):
         """Rows of the position table [1 or B, L]; with an offset only what is read counts, padding shares one row."""
@@ -111,13 +112,13 @@ class SelfAttention(nn.Module):
         heads, dim = cfg.num_attention_heads, cfg.hidden_size // cfg.num_attention_heads
 
         def project(name):
-            return _dense(cfg, cfg.hidden_size, self.dtype, name)(hidden).reshape(*hidden.shape[:2], heads, dim)
+            return heads_first(_dense(cfg, cfg.hidden_size, self.dtype, name)(hidden), heads)
 
-        query, key, value = project("query"), project("key"), project("value")  # [B, L, heads, dim]
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(dim).astype(self.dtype)
+        query, key, value = project("query"), project("key"), project("value")  # [B, heads, L, dim]
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key) / jnp.sqrt(dim).astype(self.dtype)
         weights = jax.nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(cfg.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(hidden.shape)  # [B, L, D]
+        weights = Dropout(cfg.attention_probs_dropout_prob)(weights, deterministic=deterministic)
+        return heads_last(jnp.einsum("bhqk,bhkd->bhqd", weights, value))  # [B, L, D]
 
 
 class Output(nn.Module):
@@ -129,7 +130,7 @@ class Output(nn.Module):
     @nn.compact
     def __call__(self, hidden, residual, deterministic):
         out = _dense(self.config, self.config.hidden_size, self.dtype, "dense")(hidden)
-        out = nn.Dropout(self.config.hidden_dropout_prob)(out, deterministic=deterministic)
+        out = Dropout(self.config.hidden_dropout_prob)(out, deterministic=deterministic)
         return LayerNorm(self.config.layer_norm_eps, name="LayerNorm")(out + residual)
 
 

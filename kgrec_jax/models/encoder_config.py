@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.models.layers import gelu
 
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

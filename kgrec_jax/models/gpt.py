@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from kgrec_jax.models.bert import LayerNorm, check_call, replace_words
 from kgrec_jax.models.encoder_config import ACTIVATIONS, GptConfig
+from kgrec_jax.models.layers import Dense, Dropout, heads_first, heads_last
 
 # Tensor parallelism over "model" in the feed-forward halves; c_attn stays whole, because equal shares of its columns
 # would not be equal shares of the heads' queries, keys and values.
@@ -25,9 +26,9 @@ GPT_RULES = (
 )
 
 
-def _dense(config: GptConfig, features: int, dtype: jnp.dtype, name: str, share: float = 1.0) -> nn.Dense:
+def _dense(config: GptConfig, features: int, dtype: jnp.dtype, name: str, share: float = 1.0) -> Dense:
     init = nn.initializers.normal(config.initializer_range * share)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def _residual_share(config: GptConfig) -> float:
@@ -47,17 +48,17 @@ class Attention(nn.Module):
         cfg = self.config
         heads, dim = cfg.num_attention_heads, cfg.hidden_size // cfg.num_attention_heads
         joined = _dense(cfg, 3 * cfg.hidden_size, self.dtype, "c_attn")(hidden)
-        query, key, value = (part.reshape(*hidden.shape[:2], heads, dim) for part in jnp.split(joined, 3, axis=-1))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        query, key, value = (heads_first(part, heads) for part in jnp.split(joined, 3, axis=-1))
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
         if cfg.scale_attn_weights:
             scores = scores / jnp.sqrt(jnp.float32(dim))
         if cfg.scale_attn_by_inverse_layer_idx:
             scores = scores / jnp.float32(self.layer + 1)
         weights = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(cfg.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(hidden.shape)  # [B, L, D]
+        weights = Dropout(cfg.attention_probs_dropout_prob)(weights, deterministic=deterministic)
+        context = heads_last(jnp.einsum("bhqk,bhkd->bhqd", weights, value))  # [B, L, D]
         out = _dense(cfg, cfg.hidden_size, self.dtype, "c_proj", _residual_share(cfg))(context)
-        return nn.Dropout(cfg.hidden_dropout_prob)(out, deterministic=deterministic)
+        return Dropout(cfg.hidden_dropout_prob)(out, deterministic=deterministic)
 
 
 class Mlp(nn.Module):
@@ -71,7 +72,7 @@ class Mlp(nn.Module):
         cfg = self.config
         wide = ACTIVATIONS[cfg.hidden_act](_dense(cfg, cfg.intermediate_size, self.dtype, "c_fc")(hidden))
         out = _dense(cfg, cfg.hidden_size, self.dtype, "c_proj", _residual_share(cfg))(wide)
-        return nn.Dropout(cfg.hidden_dropout_prob)(out, deterministic=deterministic)
+        return Dropout(cfg.hidden_dropout_prob)(out, deterministic=deterministic)
 
 
 class Block(nn.Module):
@@ -126,7 +127,7 @@ class Gpt(nn.Module):
             words = replace_words(words, soft_vectors, soft_positions)
         positions = nn.Embed(cfg.max_position_embeddings, cfg.hidden_size, embedding_init=init, dtype=self.dtype,
                              name="wpe")(jnp.arange(length))  # [L, D]
-        hidden = nn.Dropout(cfg.embedding_dropout_prob)(words + positions[None], deterministic=deterministic)
+        hidden = Dropout(cfg.embedding_dropout_prob)(words + positions[None], deterministic=deterministic)
         seen = jnp.tril(jnp.ones((length, length), bool))[None, None] & (attention_mask[:, None, None, :] > 0)
         bias = jnp.where(seen, jnp.float32(0), jnp.finfo(jnp.float32).min)  # [B, 1, L, L]
         *states, last = Blocks(cfg, self.dtype, name="h")(hidden, bias, deterministic)

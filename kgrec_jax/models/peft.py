@@ -52,7 +52,7 @@ class PeftConfig:
 
 
 def check(cfg: PeftConfig, config: bert.BertConfig) -> None:
-    """KgrecError naming the first field of the method that is out of bounds for an encoder of this shape, or a decoder."""
+    """KgrecError naming the first of the method's fields that is out of bounds for this shape, or a decoder."""
     if not isinstance(config, bert.BertConfig):
         raise KgrecError(f"encoder: found a {config.model_type}, expected a BERT, RoBERTa or DistilBERT; the tuning "
                          "methods know their layers alone")

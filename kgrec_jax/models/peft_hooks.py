@@ -24,12 +24,20 @@ def layer_path(layer: int, *below: str) -> Path:
 
 
 def intercept(hooks: dict[Path, Hook]):
-    """A context in which the output of every submodule at a path of `hooks` goes through its hook."""
+    """A context in which the output of every submodule at a path of `hooks` goes through its hook, once a call."""
+    running: set[Path] = set()
 
     def interceptor(next_fun, args, kwargs, context):
-        out = next_fun(*args, **kwargs)
-        hook = hooks.get(context.module.path) if context.method_name == "__call__" else None
-        return out if hook is None else hook(out)
+        path = context.module.path
+        # A module that calls its parent class's __call__ comes here twice.
+        if path not in hooks or path in running or context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        running.add(path)
+        try:
+            out = next_fun(*args, **kwargs)
+        finally:
+            running.discard(path)
+        return hooks[path](out)
 
     return nn.intercept_methods(interceptor)
 
