@@ -123,9 +123,11 @@ def local_folder(source: str) -> Path | None:
 def _pretrain(cfg: pretrain.Config, num_texts: int, reader: _Reader, strange: str) -> Budget:
     if cfg.mode == "off":
         return Budget("", 0.0, "pretrain.mode is off")
+    if cfg.corpus:
+        return Budget("planned by the stage once the corpus is read", 0.0)
     if not num_texts:
         return Budget("", 0.0, "neither items nor entities have texts")
-    if strange:
+    if strange and cfg.mode != "scratch":
         return Budget("", 0.0, f"{strange}: the text part uses character n-grams instead")
     plan = pretrain.make_plan(cfg, num_texts - min(int(cfg.valid_share * num_texts), cfg.valid_limit), reader.has_head)
     head = f"{plan.head_steps} of the head alone + " if plan.head_steps else ""

@@ -33,7 +33,7 @@ def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog
         return 0
     if not workdir:
         raise KgrecError("--workdir: found none, expected the folder of the run")
-    if not experiment.data.path:
+    if not experiment.data.path and (until != "pretrain" or experiment.pretrain.needs_dataset):
         raise KgrecError("--data.path: found none, expected a dataset folder or a source; see kgrec data --help")
     if find_config(config) == find_config("quickstart"):
         fetch_with_notices((experiment.data.path, experiment.encoder))

@@ -64,7 +64,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     beside = here.parent / "configs"
     # In site-packages a neighbour called configs would be somebody else's.
     folder = beside if (here.parent / "pyproject.toml").is_file() and beside.is_dir() else here / "configs"
-    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))
+            if file.stem != "__init__" and file.parent.name != "finetune"}  # those are of `kgrec finetune`
 
 
 def find_config(name: str) -> pathlib.Path:
@@ -72,8 +73,9 @@ def find_config(name: str) -> pathlib.Path:
     path, shipped = pathlib.Path(name).expanduser(), shipped_configs()
     if path.is_file():
         return path
-    if path.parent in (pathlib.Path(), pathlib.Path("configs")) and path.name.removesuffix(".py") in shipped:
-        return shipped[path.name.removesuffix(".py")]
+    short = path.as_posix().removeprefix("configs/").removesuffix(".py")
+    if short in shipped:
+        return shipped[short]
     raise KgrecError(f"CONFIG: found no file {name!r}, expected a path or a shipped config: {', '.join(shipped)}")
 
 

@@ -33,9 +33,10 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     compilation_cache.enable()
     check(experiment)
     held = Run.open(workdir, experiment, quiet)
-    for note in held.dataset.notes:
-        held.tracker.say(f"note: {note}")
-    announce(experiment, held)
+    if experiment.data.path or until != "pretrain":  # a corpus of its own needs no data set
+        for note in held.dataset.notes:
+            held.tracker.say(f"note: {note}")
+        announce(experiment, held)
     for name, stage in (("pretrain", pretrain.run), ("graph", graph.run))[:STAGES.index(until) + 1]:
         if held.done(name) is None:
             began = time.monotonic()

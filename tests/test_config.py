@@ -29,7 +29,7 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "default").write_text("x = 1\n")
     assert find_config("default") == pathlib.Path("default")  # a file of that name comes first
     for absent in ("nothing", "elsewhere/default.py"):
-        with pytest.raises(KgrecError, match="found no file .*expected a path or a shipped config: default, quick"):
+        with pytest.raises(KgrecError, match="found no file .*expected a path or a shipped config: default, .*quick"):
             find_config(absent)
 
 
@@ -107,7 +107,9 @@ def test_wrong_arguments_are_named(words, said):
 def test_the_wheel_holds_every_package_and_the_configs():
     held = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     on_disk = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("kgrec_jax/**/__init__.py")}
-    assert set(held["packages"]) == on_disk | {"kgrec_jax.configs"}
+    configs = {"kgrec_jax.configs", *(f"kgrec_jax.configs.{folder.name}" for folder in (ROOT / "configs").iterdir()
+                                      if folder.is_dir() and any(folder.glob("*.py")))}
+    assert set(held["packages"]) == on_disk | configs
     assert held["package-dir"] == {"kgrec_jax.configs": "configs"}
 
 

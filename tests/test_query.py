@@ -28,7 +28,8 @@ def make_run(folder, world, encoder="", source="", vectors=None):
     if vectors is not None:
         np.savez(stage("fuse") / "text.npz", vectors=vectors, source=source)
     said = []
-    experiment = types.SimpleNamespace(encoder=str(encoder), seed=0, fuse=types.SimpleNamespace(text_length=32))
+    experiment = types.SimpleNamespace(encoder=str(encoder), seed=0, fuse=types.SimpleNamespace(text_length=32),
+                                       pretrain=types.SimpleNamespace(mode="lora"))
     return types.SimpleNamespace(path=folder, dataset=world, experiment=experiment, stage=stage,
                                  tracker=types.SimpleNamespace(say=said.append), said=said)
 

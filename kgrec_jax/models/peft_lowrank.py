@@ -97,7 +97,7 @@ class AllocationState(NamedTuple):
 
 
 def budget(step: jax.Array, first: int, last: int, start: int, stop: int) -> jax.Array:
-    """Ranks of all matrices together at a step: `first`, falling cubically from `start` to `last` at `stop` (eq. 12)."""
+    """Ranks of all matrices at a step: `first`, falling cubically from `start` to `last` at `stop` (eq. 12)."""
     way = jnp.clip((step - start).astype(jnp.float32) / jnp.float32(max(stop - start, 1)), 0.0, 1.0)
     return jnp.round(jnp.float32(last) + jnp.float32(first - last) * (1.0 - way) ** 3).astype(jnp.int32)
 

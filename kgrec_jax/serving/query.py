@@ -216,8 +216,12 @@ def _vectors(run: Any, texts: list[str]) -> tuple[np.ndarray | None, QueryEncode
 def _reader(run: Any, source: str) -> QueryEncoder:
     """The encoder by the name that the fusion stage gave its weights."""
     from kgrec_jax.data.sources import resolve
-    from kgrec_jax.pretrained.hf import load_encoder
+    from kgrec_jax.models import encoders
+    from kgrec_jax.pretrained.hf import load_encoder, read_config
     from kgrec_jax.stages import item_features
+
+    if run.experiment.pretrain.mode == "scratch":
+        raise KgrecError("pretrain.mode: found scratch, whose encoder is not kept for queries")
 
     name, length = run.experiment.encoder, run.experiment.fuse.text_length
     folder = pathlib.Path(name).expanduser()
@@ -232,7 +236,7 @@ def _reader(run: Any, source: str) -> QueryEncoder:
             raise KgrecError(f"{run.path}: found no weights of {source!r}, expected those that read the items")
         params = candidates[source]
     folder = folder if folder.is_dir() else resolve(name, say=run.tracker.say)
-    kept = {part: params[part] for part in ("embeddings", "encoder")}
+    kept = encoders.backbone(read_config(folder), params)
     files = Files(folder, tuple(file for file in _ENCODER_FILES if (folder / file).is_file()))
     return QueryEncoder("", files, kept, length)
 

@@ -20,9 +20,11 @@ from kgrec_jax.data.graph import edges, graph_features
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.parts import ItemWeights
+from kgrec_jax.models import encoders
 from kgrec_jax.models.text_encoder import encode_texts
-from kgrec_jax.pretrained.hf import Encoder, load_encoder
+from kgrec_jax.pretrained.hf import Encoder
 from kgrec_jax.stages.graph import training_graph
+from kgrec_jax.stages.pretrain import released_encoder
 
 FALLBACK_WIDTH = 128  # of character n-gram vectors, where no encoder knows the language
 MIN_COMPARED, COMPARED_TOKENS = 400, 40_000  # items on which encoders are compared: at least, and by their tokens
@@ -79,13 +81,12 @@ def item_texts(dataset: Any) -> list[str]:
 
 def text_candidates(experiment: Any, run: Any) -> dict[str, Any]:
     """{source: weights} of the encoders that may read the items: the released one first, then what the stages left."""
-    encoder = load_encoder(experiment.encoder, say=run.tracker.say)
+    encoder = released_encoder(experiment, run)
     out = {"released encoder": encoder.params}
-    for stage in ("pretrain", "graph"):
+    for stage in ("graph",) if experiment.pretrain.mode == "scratch" else ("pretrain", "graph"):
         folder = run.stage(stage) / "encoder"
         if folder.is_dir():
-            backbone = {name: encoder.params[name] for name in ("embeddings", "encoder")}
-            out[stage] = checkpoint.load_part(folder, backbone)
+            out[stage] = checkpoint.load_part(folder, encoders.backbone(encoder.config, encoder.params))
     return out
 
 
@@ -102,7 +103,7 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix,
         return _load_texts(held, len(rows))
     if not any(r.strip() for r in rows):
         return None, "", {}
-    encoder = load_encoder(experiment.encoder, say=run.tracker.say)
+    encoder = released_encoder(experiment, run)
     tokenizer = texts.load_tokenizer(encoder.tokenizer_folder, encoder.config.vocab_size)
     reason = texts.coverage(tokenizer, [r for r in rows if r.strip()]).reason
     compared: dict[str, float] = {}
