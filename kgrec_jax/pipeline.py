@@ -135,11 +135,16 @@ def evaluate(held: Run, recommender: Recommender, rows: dict, results: dict, fus
         notes.append(f"measured on {limit:,} of {len(users):,} users, drawn by the seed (fuse.eval_users)")
         test = (sp.diags(drawn) @ test).tocsr()
         test.eliminate_zeros()
+    candidates = None
+    if split.kind == "cold-items":  # the protocol of that split: what nobody has touched, among itself
+        candidates = np.isin(np.arange(data.num_items), split.cold_items)
+        notes.append(f"the split is cold-items: the {len(split.cold_items):,} hidden items are ranked among themselves")
     model, histories, known = recommender.model, recommender.histories, recommender.known
     block = max(8, min(256, 2_000_000 // data.num_items))
 
     def rank(score_block):
-        return evaluate_ranking(score_block, known=known, relevant=test, num_items=data.num_items, fit=fit, block=block)
+        return evaluate_ranking(score_block, known=known, relevant=test, num_items=data.num_items, fit=fit, block=block,
+                                candidates=candidates)
 
     def of_part(part):
         def score(users):
