@@ -31,7 +31,8 @@ _RUN_HELP = """{what}
   kgrec {command} default --data.path FOLDER --workdir RUN
   kgrec {command} my.py --workdir RUN --graph.dim 64 --fuse.optim.peak-lr 1e-3
 
-CONFIG comes first: a file with get_config() -> Experiment, or the name of a shipped config: {shipped}.
+CONFIG comes first: a file with get_config() -> Experiment, or the name of a shipped config:
+{shipped}.
 Any field can be overridden by --FIELD VALUE; `kgrec {command} CONFIG --help` lists them all. --data.path is a dataset
 folder (see kgrec data), a folder with RecBole's atomic files, or a source (pypi:…, hub:…).
 

@@ -138,7 +138,7 @@ def test_quickstart_without_a_network_names_the_file(capsys, calls):
     (["nonsense"], "COMMAND: found 'nonsense', expected one of quickstart, run,"),
     (["run"], "CONFIG: found none, expected a config first"),
     (["run", "--seed", "1"], "CONFIG: found --seed"),
-    (["run", "nothing", "--workdir", "W"], "expected a path or a shipped config: default, quickstart"),
+    (["run", "nothing", "--workdir", "W"], "expected a path or a shipped config: default, "),
     (["run", "default"], "--workdir: found none"),
     (["run", "default", "--workdir"], "--workdir: found no value"),
     (["run", "default", "--workdir", "W"], "--data.path: found none"),
