@@ -13,13 +13,12 @@ from kgrec_jax.data.dataset import Dataset, Interactions
 from kgrec_jax.data.interactions import SplitConfig
 from kgrec_jax.data.log import PARTS, log_files, read_log
 from kgrec_jax.data.media import read_media
-from kgrec_jax.data.rdf import rdf_files
-from kgrec_jax.data.rdf_terms import format_of
 from kgrec_jax.data.tables import SUFFIXES, Coded, Table, find_table, read_table, write_tsv
 from kgrec_jax.data.texts import join_columns, split_title
 from kgrec_jax.data.triples import check_unique, read_graph, triple_files
 from kgrec_jax.errors import KgrecError
 
+_RDF = (".ttl", ".nt", ".rdf", ".trig", ".nq", ".owl")
 _STEMS = ("interactions", *PARTS, "items", "users", "entities", "relations", "triples",
           *(f"triples.{part}" for part in PARTS))
 
@@ -30,7 +29,6 @@ class DataConfig:
 
     path: str = ""  # the dataset folder
     name: str = ""  # what to call the data set; "" takes the folder's name
-    languages: tuple[str, ...] = ("en",)  # of names and texts in an RDF graph, in order of preference
     text_columns: tuple[str, ...] = ()  # columns of items.tsv that make an item's text, in order; none: all but the ids
     min_rating: float = 0.0  # leave out interactions that are rated lower; 0: every row counts, whatever its rating
     split: SplitConfig = SplitConfig()  # how the interactions are cut into train, valid and test
@@ -56,11 +54,11 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         raise KgrecError(f"data.path: found {found} at {folder}, expected a dataset folder; check --data.path")
-    rdf = rdf_files(folder)
-    if not (log_files(folder) or triple_files(folder) or find_table(folder, "items") or rdf):
-        names, strange = sorted(p.name for p in folder.iterdir())[:5], _rdf_notes(folder)
+    if not (log_files(folder) or triple_files(folder) or find_table(folder, "items")):
+        names = sorted(p.name for p in folder.iterdir())[:5]
+        rdf = _rdf_notes(folder)
         raise KgrecError(f"{folder}: found {', '.join(names) or 'nothing'}, expected interactions.tsv, train.tsv and "
-                         f"test.tsv, items.tsv, triples.tsv or graph.ttl; {(strange or ['see kgrec data import'])[0]}")
+                         f"test.tsv, items.tsv or triples.tsv{'; ' + rdf[0] if rdf else '; see kgrec data import'}")
     items = _read_items(folder, cfg.text_columns)
     users, user_notes = _read_users(folder)
     log = read_log(folder, users, items.ids, cfg.min_rating)
@@ -70,10 +68,7 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     else:
         item_ids, item_names, entities, texts = items.ids, items.names, items.entities, items.texts
         entity_names = ["" if name == item else name for name, item in zip(item_names, item_ids, strict=True)]
-    graph, graph_notes = read_graph(folder, entities, entity_names, texts, rdf, cfg.languages)
-    if rdf and items.ids is not None:  # the graph names what the item table does not
-        texts = graph.entity_texts[:len(item_ids)]
-        item_names = [name or item for name, item in zip(graph.entity_names, item_ids)]
+    graph, graph_notes = read_graph(folder, entities, entity_names, texts)
     media = read_media(folder, {item: row for row, item in enumerate(item_ids)})
     notes = (*items.notes, *user_notes, *log.notes, *graph_notes, *_rdf_notes(folder), *_stray_notes(folder))
     return Dataset(cfg.name or folder.resolve().name, log.user_ids, tuple(item_ids), tuple(item_names), tuple(texts),
@@ -130,10 +125,8 @@ def _read_users(folder: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def _rdf_notes(folder: pathlib.Path) -> list[str]:
-    """RDF under a name that the format does not know."""
-    known = rdf_files(folder)
-    names = sorted(p.name for p in folder.iterdir() if format_of(p) and p not in known)
-    return [f"{name}: not read; the folder's graph is called graph.ttl, .nt, .nq, .trig or .rdf" for name in names]
+    names = sorted(p.name for p in folder.iterdir() if p.name.removesuffix(".gz").removesuffix(".bz2").endswith(_RDF))
+    return [f"{name}: RDF is not read yet; convert it to triples.tsv" for name in names]
 
 
 def _stray_notes(folder: pathlib.Path) -> list[str]:
