@@ -254,19 +254,22 @@ changed in RUN; --all-users leaves FILE with the columns user_id, item_id, rank 
 _DATA_HELP = """Look into data, or make a dataset folder of it.
 
   kgrec data check FOLDER                         counts, gaps, languages and minutes, in seconds and before training
-  kgrec data import {recbole,csv} SOURCE OUT      other layouts into the project's dataset folder
+  kgrec data import {recbole,csv,kgat} SOURCE OUT other layouts into the project's dataset folder
+  kgrec data graph build --rdf FILE… --out FOLDER RDF of any size into the graph of a dataset folder
 """
 
 
 def _data(argv: list[str]) -> int:
-    from kgrec_jax import commands
+    from kgrec_jax import commands, data_commands
 
+    if argv[:1] == ["graph"] or argv[:2] == ["import", "kgat"]:
+        return data_commands.main(argv)
     if argv[:1] == ["check"]:
         return commands.data_check(_check_parser().parse_args(argv[1:]))
     if argv[:1] == ["import"]:
         return commands.data_import(_import_parser().parse_args(argv[1:]))
     if argv and argv[0] not in ("-h", "--help"):
-        raise KgrecError(f"data: found {argv[0]!r}, expected check or import; see kgrec data --help")
+        raise KgrecError(f"data: found {argv[0]!r}, expected check or import or graph; see kgrec data --help")
     print(_DATA_HELP, end="")
     return 0
 

@@ -106,10 +106,10 @@ def test_media(folder):
         read_folder(folder, DataConfig())
 
 
-def test_rdf_is_announced(folder):
-    write(folder, {"graph.ttl.gz": "x", "item.tsv": "item_id\n1\n"})
+def test_rdf_under_another_name_is_announced(folder):
+    write(folder, {"dump.ttl.gz": "x", "item.tsv": "item_id\n1\n"})
     notes = read_folder(folder, DataConfig()).notes
-    assert "graph.ttl.gz: RDF is not read yet; convert it to triples.tsv" in notes
+    assert any(n.startswith("dump.ttl.gz: not read; the folder's graph is called graph.ttl") for n in notes)
     assert any(n.startswith("item.tsv: not read") for n in notes)
 
 
@@ -164,7 +164,7 @@ def test_bad_config(folder, tmp_path):
     assert "found no such folder" in message(tmp_path / "absent")
     assert "found a file" in message(folder / "items.tsv")
     assert "expected interactions.tsv" in message(write(tmp_path / "empty", {"a.txt": "x"}))
-    assert "RDF is not read yet" in message(write(tmp_path / "rdf", {"graph.ttl": "x"}))
+    assert "graph.ttl:1:" in message(write(tmp_path / "rdf", {"graph.ttl": "x"}))
     assert "expected columns of" in message(folder, DataConfig(text_columns=("summary",)))
     assert "lower --data.min-rating" in message(folder, DataConfig(min_rating=9))
     plain = write(tmp_path / "plain", {"interactions.tsv": PAIR + "u\t2\n"})

@@ -13,12 +13,13 @@ from kgrec_jax.data.dataset import Dataset, Interactions
 from kgrec_jax.data.interactions import SplitConfig
 from kgrec_jax.data.log import PARTS, log_files, read_log
 from kgrec_jax.data.media import read_media
+from kgrec_jax.data.rdf import rdf_files
+from kgrec_jax.data.rdf_terms import format_of
 from kgrec_jax.data.tables import SUFFIXES, Coded, Table, find_table, read_table, write_tsv
 from kgrec_jax.data.texts import join_columns, split_title
 from kgrec_jax.data.triples import check_unique, read_graph, triple_files
 from kgrec_jax.errors import KgrecError
 
-_RDF = (".ttl", ".nt", ".rdf", ".trig", ".nq", ".owl")
 _STEMS = ("interactions", *PARTS, "items", "users", "entities", "relations", "triples",
           *(f"triples.{part}" for part in PARTS))
 
@@ -29,6 +30,7 @@ class DataConfig:
 
     path: str = ""  # the dataset folder
     name: str = ""  # what to call the data set; "" takes the folder's name
+    languages: tuple[str, ...] = ("en",)  # of names and texts in an RDF graph, in order of preference
     text_columns: tuple[str, ...] = ()  # columns of items.tsv that make an item's text, in order; none: all but the ids
     min_rating: float = 0.0  # leave out interactions that are rated lower; 0: every row counts, whatever its rating
     split: SplitConfig = SplitConfig()  # how the interactions are cut into train, valid and test
@@ -42,7 +44,6 @@ class _Items:
     entities: list[str]
     names: list[str]
     texts: list[str]
-    notes: list[str]
 
 
 def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dataset:
@@ -54,11 +55,11 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         raise KgrecError(f"data.path: found {found} at {folder}, expected a dataset folder; check --data.path")
-    if not (log_files(folder) or triple_files(folder) or find_table(folder, "items")):
-        names = sorted(p.name for p in folder.iterdir())[:5]
-        rdf = _rdf_notes(folder)
+    rdf = rdf_files(folder)
+    if not (log_files(folder) or triple_files(folder) or find_table(folder, "items") or rdf):
+        names, strange = sorted(p.name for p in folder.iterdir())[:5], _rdf_notes(folder)
         raise KgrecError(f"{folder}: found {', '.join(names) or 'nothing'}, expected interactions.tsv, train.tsv and "
-                         f"test.tsv, items.tsv or triples.tsv{'; ' + rdf[0] if rdf else '; see kgrec data import'}")
+                         f"test.tsv, items.tsv, triples.tsv or graph.ttl; {(strange or ['see kgrec data import'])[0]}")
     items = _read_items(folder, cfg.text_columns)
     users, user_notes = _read_users(folder)
     log = read_log(folder, users, items.ids, cfg.min_rating)
@@ -68,9 +69,15 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     else:
         item_ids, item_names, entities, texts = items.ids, items.names, items.entities, items.texts
         entity_names = ["" if name == item else name for name, item in zip(item_names, item_ids, strict=True)]
-    graph, graph_notes = read_graph(folder, entities, entity_names, texts)
+    graph, graph_notes = read_graph(folder, entities, entity_names, texts, rdf, cfg.languages)
+    if rdf and items.ids is not None:  # the graph names what the item table does not
+        texts = graph.entity_texts[:len(item_ids)]
+        item_names = [name or item for name, item in zip(graph.entity_names, item_ids)]
+    empty = sum(not text for text in texts) if items.ids is not None else 0
+    table = find_table(folder, "items")
+    item_notes = [f"{table.name}: {empty:,} of {len(texts):,} items have no text"] if table and empty else []
     media = read_media(folder, {item: row for row, item in enumerate(item_ids)})
-    notes = (*items.notes, *user_notes, *log.notes, *graph_notes, *_rdf_notes(folder), *_stray_notes(folder))
+    notes = (*item_notes, *user_notes, *log.notes, *graph_notes, *_rdf_notes(folder), *_stray_notes(folder))
     return Dataset(cfg.name or folder.resolve().name, log.user_ids, tuple(item_ids), tuple(item_names), tuple(texts),
                    log.interactions, log.part, log.has_fixed_split, log.has_fixed_valid, log.has_timestamps,
                    log.has_ratings, graph, media, notes)
@@ -82,7 +89,7 @@ def _read_items(folder: pathlib.Path, text_columns: tuple[str, ...]) -> _Items:
         if text_columns:
             raise KgrecError(f"data.text_columns: found {', '.join(text_columns)} for {folder}, which has no "
                              "items.tsv, expected none")
-        return _Items(None, [], [], [], [])
+        return _Items(None, [], [], [])
     table = read_table(path, {"item_id": "id"}, {"entity_id": "text"}, rest_as_text=True)
     check_unique(table, "item_id")
     ids = table["item_id"].strings()
@@ -99,9 +106,7 @@ def _read_items(folder: pathlib.Path, text_columns: tuple[str, ...]) -> _Items:
     names = [t.strip() or n.strip() or i for t, n, i in zip(titles, names, ids, strict=True)]
     entities = [e or i for e, i in zip(table.columns.get("entity_id", blank), ids, strict=True)]
     _check_entities(table, ids, entities)
-    empty = sum(not t for t in texts)
-    notes = [f"{path.name}: {empty:,} of {len(ids):,} items have no text"] if empty else []
-    return _Items(ids, entities, names, texts, notes)
+    return _Items(ids, entities, names, texts)
 
 
 def _check_entities(table: Table, ids: list[str], entities: list[str]) -> None:
@@ -125,8 +130,10 @@ def _read_users(folder: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def _rdf_notes(folder: pathlib.Path) -> list[str]:
-    names = sorted(p.name for p in folder.iterdir() if p.name.removesuffix(".gz").removesuffix(".bz2").endswith(_RDF))
-    return [f"{name}: RDF is not read yet; convert it to triples.tsv" for name in names]
+    """RDF under a name that the format does not know."""
+    known = rdf_files(folder)
+    names = sorted(p.name for p in folder.iterdir() if format_of(p) and p not in known)
+    return [f"{name}: not read; the folder's graph is called graph.ttl, .nt, .nq, .trig or .rdf" for name in names]
 
 
 def _stray_notes(folder: pathlib.Path) -> list[str]:

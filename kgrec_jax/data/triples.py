@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.log import PARTS
 from kgrec_jax.data.names import is_key, name_from_id, relation_name
+from kgrec_jax.data.rdf import RdfGraph, read_rdf
 from kgrec_jax.data.tables import Table, find_table, read_table
-from kgrec_jax.data.texts import join_columns
+from kgrec_jax.data.texts import join_columns, separator
 from kgrec_jax.errors import KgrecError
 
 _COLUMNS = {"head_id": "id", "relation": "id", "tail_id": "id"}
@@ -32,10 +34,12 @@ def triple_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: Sequence[str],
-               item_texts: Sequence[str]) -> tuple[Graph, list[str]]:
+               item_texts: Sequence[str], rdf: Sequence[pathlib.Path] = (),
+               languages: Sequence[str] = ("en",)) -> tuple[Graph, list[str]]:
     """The graph and counted warnings.
 
-    Entities: the items in their order, then entities.tsv's, then those of triples alone.
+    Entities: the items in their order, then entities.tsv's, then those of triples alone. `rdf` are files to be read
+    instead of triples.tsv, for names and texts in `languages` where the tables have none.
     """
     notes: list[str] = []
     rows = {e: row for row, e in enumerate(item_entities)}
@@ -43,18 +47,30 @@ def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: S
     names, texts = list(item_names), list(item_texts)
     listed = _read_entities(folder, rows, names, texts, notes)
     relations: dict[str, int] = {}
-    tables = {part: read_table(path, _COLUMNS) for part, path in triple_files(folder).items()}
+    files = triple_files(folder)
+    if files and rdf:
+        raise KgrecError(f"{folder}: found both {next(iter(files.values())).name} and {rdf[0].name}, expected one "
+                         "graph; move one away")
+    tables = {part: read_table(path, _COLUMNS) for part, path in files.items()}
     triples, part = _read_triples(tables, rows, relations, notes)
+    said: RdfGraph | None = None
+    if rdf:
+        own = dict(zip(item_entities, item_entities, strict=True))
+        said = read_rdf(rdf, languages, own, min(2, os.cpu_count() or 1))
+        triples, part = _take_rdf(said, rows, relations, num_items, notes)
     unlisted = list(rows)[len(names):]
-    if unlisted and listed:
+    if unlisted and listed and not said:
         notes.append(f"entities: {len(unlisted):,} entities of the triples are not in the entity table (first: "
                      f"{unlisted[0]}); their names come from their ids")
-    names += [name_from_id(e) for e in unlisted]
+    names += [name_from_id(e) for e in unlisted] if not said else [""] * len(unlisted)
     texts += [""] * len(unlisted)
+    if said:
+        _fill(said, list(rows), num_items, names, texts)
     if num_items and len(triples) and not (triples[:, [0, 2]] < num_items).any():
-        table = tables["train"]
-        raise KgrecError(f"{table.path}: found {len(triples):,} triples and no item in any of them (such as head "
-                         f"{table['head_id'].values[0]!r}), expected items by their entity_id (such as "
+        where = rdf[0] if rdf else tables["train"].path
+        head = said.entity_ids[0] if said else tables["train"]["head_id"].values[0]
+        raise KgrecError(f"{where}: found {len(triples):,} triples and no item in any of them (such as head "
+                         f"{head!r}), expected items by their entity_id (such as "
                          f"{item_entities[0]!r}); correct the column entity_id of the item table")
     for table in tables.values():
         if table.ignored:
@@ -63,7 +79,7 @@ def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: S
     if unnamed:
         notes.append(f"entities: {unnamed:,} of {len(names) - num_items:,} have no name; each is known by its vector "
                      "alone")
-    relation_names = tuple(_relation_names(folder, relations, notes))
+    relation_names = tuple(_relation_names(folder, relations, said.names if said else {}, notes))
     graph = Graph(tuple(rows), tuple(names), tuple(texts), tuple(relations), relation_names, triples, num_items, part)
     return graph, notes
 
@@ -134,13 +150,49 @@ def _check_disjoint(tables: dict[str, Table], triples: np.ndarray, part: np.ndar
                      "remove it from one of them")
 
 
-def _relation_names(folder: pathlib.Path, relations: dict[str, int], notes: list[str]) -> list[str]:
+def _take_rdf(said: RdfGraph, rows: dict[str, int], relations: dict[str, int], num_items: int,
+              notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """As `_read_triples`, from RDF."""
+    entity = np.array([rows.setdefault(e, len(rows)) for e in said.entity_ids], np.int32)
+    relation = np.array([relations.setdefault(r, len(relations)) for r in said.relation_ids], np.int32)
+    block = said.triples
+    if len(block):
+        block = np.stack([entity[block[:, 0]], relation[block[:, 1]], entity[block[:, 2]]], 1)
+    order, repeats = _sorted(block)
+    first = np.sort(order[~repeats])
+    notes += said.notes
+    if len(first) < len(block):
+        notes.append(f"graph: {len(block) - len(first):,} statements repeat a triple; each counts once")
+    seen = np.zeros(len(rows), bool)
+    seen[entity] = True
+    absent = np.flatnonzero(~seen[:num_items])
+    if len(absent) and len(block):
+        notes.append(f"graph: {len(absent):,} of {num_items:,} items are nowhere in it (first: "
+                     f"{list(rows)[absent[0]]}); see the column entity_id of the item table")
+    return block[first], np.zeros(len(first), np.int8)
+
+
+def _fill(said: RdfGraph, entities: list[str], num_items: int, names: list[str], texts: list[str]) -> None:
+    """Names and texts from RDF where the tables have none; an item whose text is its title gets the description."""
+    for row, entity in enumerate(entities):
+        title = names[row]
+        names[row] = title or said.names.get(entity, "") or ("" if row < num_items else name_from_id(entity))
+        text = said.texts.get(entity, "")
+        if row >= num_items:
+            texts[row] = texts[row] or text
+        elif texts[row] in ("", title):  # an item's text begins with its name
+            pieces = [piece for piece in (names[row], text) if piece]
+            texts[row] = separator(pieces[0]).join(pieces) if pieces else ""
+
+
+def _relation_names(folder: pathlib.Path, relations: dict[str, int], labels: Mapping[str, str],
+                    notes: list[str]) -> list[str]:
     path = find_table(folder, "relations")
-    given: dict[str, str] = {}
+    given: dict[str, str] = dict(labels)
     if path is not None:
         table = read_table(path, {"relation": "id", "name": "text"})
         check_unique(table, "relation")
-        given = dict(zip(table["relation"].strings(), table["name"], strict=True))
+        given |= {r: name for r, name in zip(table["relation"].strings(), table["name"], strict=True) if name.strip()}
         missing = [r for r in relations if r not in given]
         if missing:
             notes.append(f"{path.name}: {len(missing):,} relations of the triples are not listed (first: "
