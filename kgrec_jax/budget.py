@@ -6,7 +6,6 @@ The steps are those that the stages will take; the seconds are estimates, and no
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from kgrec_jax.data.sources import cache_root, parse_wheel
 from kgrec_jax.data.text import Tokenizer, coverage, load_tokenizer
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear.ease import skip_reason
+from kgrec_jax.models.encoder_config import MINILM_WEIGHTS, layer_weights
+from kgrec_jax.pretrained.hf import read_config
 from kgrec_jax.stages import fuse, graph, pretrain
 from kgrec_jax.stages.item_features import item_texts
 
 STAGES = ("pretrain", "graph", "fuse", "evaluate")
-_MINILM = 6 * (4 * 384**2 + 2 * 384 * 1536)  # weights of the default encoder's layers, which the speeds are measured on
 _TOKENS_PER_SECOND = 4_500.0  # that it encodes
 _TOKENS_PER_WORD = 1.4  # where no tokenizer is at hand
 _CHOICE_ITEMS, _CHOICE_TOKENS, _CHOICE_ENCODERS = 400, 64, 3  # what reading with each candidate encoder costs
@@ -52,7 +52,7 @@ class _Reader:
     @property
     def slower(self) -> float:
         """How many times as long a token takes as with the default encoder."""
-        return self.weights / _MINILM
+        return self.weights / MINILM_WEIGHTS
 
 
 def stage_budgets(experiment: Any, dataset: Dataset, tokenizer: Tokenizer | None = None) -> dict[str, Budget]:
@@ -193,13 +193,12 @@ def _reader(source: str) -> _Reader:
     """What config.json and the names of the weights tell; the default encoder's shape where it is not here yet."""
     folder = local_folder(source)
     if folder is None:
-        return _Reader(_MINILM, False)
+        return _Reader(MINILM_WEIGHTS, False)
     try:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        width, wide, layers = (int(shape[n]) for n in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return _Reader(_MINILM, False)  # reading the encoder will say what is wrong with it
-    return _Reader(float(layers * (4 * width**2 + 2 * width * wide)), _has_head(folder))
+        config = read_config(folder)
+    except KgrecError:
+        return _Reader(MINILM_WEIGHTS, False)  # reading the encoder will say what is wrong with it
+    return _Reader(layer_weights(config), _has_head(folder))
 
 
 def _has_head(folder: Path) -> bool:

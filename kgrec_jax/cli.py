@@ -1,14 +1,14 @@
-"""One door: kgrec {quickstart,run,pretrain,graph,fuse,evaluate,refit,recommend,data}; its words and its arguments."""
+"""One door: kgrec {quickstart,run,pretrain,graph,fuse,evaluate,refit,recommend,data,finetune,bench,encoder}; its words and arguments."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import os
-import re
 import sys
 from collections.abc import Callable
 
+from kgrec_jax.arguments import Parser, positive, take
 from kgrec_jax.errors import Interrupted, KgrecError
 
 _HEAD = """kgrec: a recommender that reads text, knows a graph and remembers behaviour
@@ -121,7 +121,9 @@ def _dispatch(argv: list[str]) -> int:
     if name in ("quickstart", "run", *STAGES):
         return _run(name, rest)
     if name == "data":
-        return _data(rest)
+        from kgrec_jax import data_commands
+
+        return data_commands.main(rest)
     if name == "encoder":
         from kgrec_jax import encoder_commands
 
@@ -129,7 +131,7 @@ def _dispatch(argv: list[str]) -> int:
     if name in ("finetune", "bench"):
         from kgrec_jax import bench_commands, finetune_commands
 
-        return bench_commands.bench(rest) if name == "bench" else finetune_commands.finetune(*_take(rest, "--workdir"))
+        return bench_commands.bench(rest) if name == "bench" else finetune_commands.finetune(*take(rest, "--workdir"))
     parsers: dict[str, Callable[[], argparse.ArgumentParser]] = {
         "evaluate": _evaluate_parser, "refit": _refit_parser, "recommend": _recommend_parser}
     if name not in parsers:
@@ -142,7 +144,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     """`quickstart`, `run` and the stages: CONFIG, --workdir, and the config's own fields."""
-    rest, workdir = _take(argv, "--workdir")
+    rest, workdir = take(argv, "--workdir")
     from kgrec_jax import commands
 
     if command == "quickstart":
@@ -162,50 +164,8 @@ def _run(command: str, argv: list[str]) -> int:
                         f"{what} `kgrec {command} --help` says what RUN is left with.")
 
 
-def _take(argv: list[str], flag: str) -> tuple[list[str], str]:
-    """The other arguments, and the value of a flag that is no field of the config."""
-    rest, value = [], ""
-    words = iter(argv)
-    for word in words:
-        if word != flag and not word.startswith(flag + "="):
-            rest.append(word)
-            continue
-        value = next(words, "") if word == flag else word[len(flag) + 1:]
-        if not value or value.startswith("--"):
-            raise KgrecError(f"{flag}: found no value, expected the folder of the run")
-    return rest, value
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with the project's errors: one line, FIELD: found …, expected …."""
-
-    def __init__(self, name: str, description: str):
-        super().__init__(prog=f"kgrec {name}", description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str) -> None:
-        """Raises KgrecError for what argparse found."""
-        patterns = (
-            (r"argument ([^:]+): invalid choice: (.*) \(choose from (.*)\)", r"\1: found \2, expected one of \3"),
-            (r"argument ([^:]+): expected (.*)", r"\1: found no value, expected \2"),
-            (r"argument ([^:]+): (found .*)", r"\1: \2"),
-            (r"the following arguments are required: (.*)", r"\1: found none, expected it"),
-            (r"unrecognized arguments: (\S+).*", r"\1: unknown argument, expected those of the command"))
-        for pattern, words in patterns:
-            if re.fullmatch(pattern, message):
-                message = re.sub(pattern, words, message)
-                break
-        raise KgrecError(f"{message}; see {self.prog} --help")
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
-    return int(word)
-
-
 def _evaluate_parser() -> argparse.ArgumentParser:
-    parser = _Parser("evaluate", """Evaluate a finished run again and write its report anew.
+    parser = Parser("evaluate", """Evaluate a finished run again and write its report anew.
 
   kgrec evaluate runs/quickstart
 
@@ -215,7 +175,7 @@ Nothing is trained. Leaves report.json, report.md and plots/ in RUN.""")
 
 
 def _refit_parser() -> argparse.ArgumentParser:
-    parser = _Parser("refit", """Fit the configuration that a run has chosen on all of its interactions.
+    parser = Parser("refit", """Fit the configuration that a run has chosen on all of its interactions.
 
   kgrec refit runs/quickstart runs/quickstart-all
 
@@ -227,7 +187,7 @@ a recommender that kgrec recommend reads. RUN is not changed.""")
 
 
 def _recommend_parser() -> argparse.ArgumentParser:
-    parser = _Parser("recommend", """Recommend with a finished run, each item with its reason.
+    parser = Parser("recommend", """Recommend with a finished run, each item with its reason.
 
   kgrec recommend RUN --user 196 -k 10
   kgrec recommend RUN --history "Toy Story" "Aladdin"
@@ -246,62 +206,6 @@ changed in RUN; --all-users leaves FILE with the columns user_id, item_id, rank 
                                                       "a missing folder is made")
     parser.add_argument("--candidates", metavar="FILE", help="rank only the items of this file: one item id a line, "
                                                              "a first line item_id is skipped")
-    parser.add_argument("-k", type=_positive, default=10, metavar="K", help="length of a list (default 10)")
+    parser.add_argument("-k", type=positive, default=10, metavar="K", help="length of a list (default 10)")
     parser.add_argument("--json", action="store_true", help="a JSON list on the standard output")
-    return parser
-
-
-_DATA_HELP = """Look into data, or make a dataset folder of it.
-
-  kgrec data check FOLDER                         counts, gaps, languages and minutes, in seconds and before training
-  kgrec data import {recbole,csv,kgat} SOURCE OUT other layouts into the project's dataset folder
-  kgrec data graph build --rdf FILE… --out FOLDER RDF of any size into the graph of a dataset folder
-"""
-
-
-def _data(argv: list[str]) -> int:
-    from kgrec_jax import commands, data_commands
-
-    if argv[:1] == ["graph"] or argv[:2] == ["import", "kgat"]:
-        return data_commands.main(argv)
-    if argv[:1] == ["check"]:
-        return commands.data_check(_check_parser().parse_args(argv[1:]))
-    if argv[:1] == ["import"]:
-        return commands.data_import(_import_parser().parse_args(argv[1:]))
-    if argv and argv[0] not in ("-h", "--help"):
-        raise KgrecError(f"data: found {argv[0]!r}, expected check or import or graph; see kgrec data --help")
-    print(_DATA_HELP, end="")
-    return 0
-
-
-def _check_parser() -> argparse.ArgumentParser:
-    parser = _Parser("data check", """Say what is in a dataset folder, and how long a run on it would take.
-
-  kgrec data check FOLDER
-  kgrec data check 'pypi:recbole==1.2.1#recbole/dataset_example/ml-100k'
-
-Reads everything as a run would, with the same errors. Nothing is trained and FOLDER is not changed; RecBole's atomic
-files are imported into the cache, as a run would import them.""")
-    parser.add_argument("folder", metavar="FOLDER", help="a dataset folder, a folder with *.inter, or a source")
-    encoder = parser.add_mutually_exclusive_group()
-    encoder.add_argument("--encoder", metavar="SOURCE", help="whose tokenizer is measured on the texts (a folder, "
-                                                             "pypi:…, hub:…); default: the shipped configs' encoder")
-    encoder.add_argument("--no-encoder", action="store_true", help="measure no tokenizer, fetch nothing")
-    return parser
-
-
-def _import_parser() -> argparse.ArgumentParser:
-    parser = _Parser("data import", """Turn another layout into a dataset folder.
-
-  kgrec data import recbole 'pypi:recbole==1.2.1#recbole/dataset_example/ml-100k' data/ml-100k
-  kgrec data import csv ratings/ data/mine --split ratings/split
-
-recbole reads the atomic files NAME.inter .item .user .kg .link, csv finds the log, the items and the triples among
-tables with headers. Leaves OUT, complete or not at all; an existing folder is not overwritten.""")
-    parser.add_argument("kind", choices=("recbole", "csv"))
-    parser.add_argument("source", metavar="SOURCE", help="a folder or a source (pypi:…, hub:…)")
-    parser.add_argument("out", metavar="OUT", help="the new dataset folder")
-    parser.add_argument("--split", metavar="FOLDER", help="a folder with train.tsv, test.tsv and perhaps valid.tsv")
-    parser.add_argument("--links", choices=("auto", "keep", "drop"), default="auto",
-                        help="recbole: join items to the .link file's entities; auto: unless it contradicts the items")
     return parser

@@ -28,7 +28,7 @@ def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog
     """
     from kgrec_jax.config import find_config, load_config
 
-    experiment = _overridden(load_config(config), words, prog, help_text)
+    experiment = overridden(load_config(config), words, prog, help_text)
     if experiment is None:
         return 0
     if not workdir:
@@ -62,7 +62,7 @@ def fetch_with_notices(sources: Sequence[str]) -> None:
             resolve(source, say=once)
 
 
-def _overridden(default: Any, words: Sequence[str], prog: str, help_text: str) -> Any:
+def overridden(default: Any, words: Sequence[str], prog: str, help_text: str) -> Any:
     """The config with the fields that the arguments name; None after its help was shown."""
     import tyro
 
@@ -207,50 +207,3 @@ def write_ranked(path: pathlib.Path, user_ids: Sequence[str], item_ids: Sequence
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def data_check(args: argparse.Namespace) -> int:
-    """`kgrec data check`: what is in a folder, and how long the stages would take on it."""
-    from kgrec_jax import budget
-    from kgrec_jax.config import ENCODER, Experiment
-    from kgrec_jax.data.check import check_folder
-    from kgrec_jax.data.sources import resolve
-    from kgrec_jax.data.text import load_tokenizer
-
-    experiment = Experiment(encoder=args.encoder or ENCODER)
-    folder, missing = None, ""
-    if args.encoder:
-        folder = resolve(args.encoder, say=say)
-    elif not args.no_encoder:
-        try:
-            folder = resolve(ENCODER, say=say)
-        except KgrecError as error:
-            missing = f"the texts were not measured, the encoder is not here: {error}"
-    tokenizer = load_tokenizer(folder) if folder else None
-
-    def seconds(dataset: Any) -> dict[str, float]:
-        return {name: b.seconds for name, b in budget.stage_budgets(experiment, dataset, tokenizer).items()}
-
-    report = check_folder(args.folder, tokenizer=folder, budgets=seconds, say=say)
-    print("\n".join([*report.render(), *([f"note          {missing}"] if missing else [])]))
-    return 0
-
-
-def data_import(args: argparse.Namespace) -> int:
-    """`kgrec data import`: another layout as a dataset folder."""
-    from kgrec_jax.data.importers.csv import import_csv
-    from kgrec_jax.data.importers.recbole import import_recbole
-    from kgrec_jax.data.sources import resolve
-
-    split, out = pathlib.Path(args.split).expanduser() if args.split else None, pathlib.Path(args.out).expanduser()
-    if split is not None and not split.is_dir():
-        raise KgrecError(f"--split: found no folder {args.split}, expected one with train.tsv and test.tsv")
-    source = resolve(args.source, say=say)
-    if args.kind == "recbole":
-        notes = import_recbole(source, out, split, args.links)
-    elif args.links != "auto":
-        raise KgrecError(f"--links: found {args.links} for csv, expected it with recbole alone")
-    else:
-        notes = import_csv(source, out, split)
-    print("\n".join(notes))
-    return 0

@@ -80,11 +80,18 @@ def find_config(name: str) -> pathlib.Path:
 
 
 def load_config(name: str) -> Experiment:
-    """The Experiment that a config file's get_config() returns; KgrecError with file and line for anything else."""
-    file = find_config(name)
+    """The Experiment of a config file or a shipped config; KgrecError with file and line for anything else."""
+    return load_file(find_config(name), Experiment, "; kgrec run default --help lists the fields")
+
+
+def load_file(file: pathlib.Path, cls: type, more: str = "") -> Any:
+    """The config of class `cls` that a file's get_config() returns; KgrecError with file and line for anything else.
+
+    `more` follows the error of a get_config() that fails.
+    """
     try:
         found = runpy.run_path(str(file)).get("get_config")
-        experiment = found() if callable(found) else None
+        config = found() if callable(found) else None
     except KgrecError:
         raise
     except SyntaxError as error:
@@ -93,14 +100,15 @@ def load_config(name: str) -> Experiment:
     except Exception as error:  # a config is a person's input: whatever it raises is said in one line
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise KgrecError(f"{file}:{lines[-1] if lines else 1}: found {said}, expected a get_config() that returns an "
-                         "Experiment; kgrec run default --help lists the fields") from None
+        article = "an" if cls.__name__[0] in "AEIOU" else "a"
+        raise KgrecError(f"{file}:{lines[-1] if lines else 1}: found {said}, expected a get_config() that returns "
+                         f"{article} {cls.__name__}{more}") from None
     if found is None:
-        raise KgrecError(f"{file}: found no get_config(), expected def get_config() -> Experiment")
-    if not isinstance(experiment, Experiment):
-        raise KgrecError(f"{file}: found a get_config() that returns {type(experiment).__name__}, expected Experiment")
-    _check_types(experiment, file)
-    return experiment
+        raise KgrecError(f"{file}: found no get_config(), expected def get_config() -> {cls.__name__}")
+    if not isinstance(config, cls):
+        raise KgrecError(f"{file}: found a get_config() that returns {type(config).__name__}, expected {cls.__name__}")
+    _check_types(config, file)
+    return config
 
 
 # --- fields, as arguments name them -------------------------------------------------------------------------------
@@ -199,10 +207,10 @@ def _unknown(flag: str, fields: dict[str, Field]) -> str:
     return f"{flag}: unknown field, expected {expected}; {meant if close else 'kgrec run CONFIG --help lists them'}"
 
 
-def _check_types(experiment: Experiment, file: pathlib.Path) -> None:
+def _check_types(config: Any, file: pathlib.Path) -> None:
     """The constructors take any value; a wrong one would end much later, in a traceback."""
-    for field in fields_of(Experiment).values():
-        value: Any = experiment
+    for field in fields_of(type(config)).values():
+        value: Any = config
         for part in field.name.split("."):
             value = getattr(value, part, None)
         if not field.holds(value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from kgrec_jax.arguments import Parser
 from kgrec_jax.errors import KgrecError
 
 HELP = """Use a run's encoder elsewhere.
@@ -34,9 +35,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    from kgrec_jax.cli import _Parser
-
-    parser = _Parser("encoder export", """Write the encoder of a run as a Hugging Face folder.
+    parser = Parser("encoder export", """Write the encoder of a run as a Hugging Face folder.
 
   kgrec encoder export runs/quickstart my-encoder
   kgrec encoder export runs/quickstart my-encoder --stage pretrain

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import runpy
-import traceback
 from typing import Any
 
 from kgrec_jax.errors import KgrecError
@@ -33,7 +31,7 @@ def finetune(argv: list[str], workdir: str) -> int:
                          "kgrec finetune --help")
     from kgrec_jax import commands
 
-    cfg = commands._overridden(load(argv[0]), argv[1:], f"kgrec finetune {argv[0]}",
+    cfg = commands.overridden(load(argv[0]), argv[1:], f"kgrec finetune {argv[0]}",
                                "Tune an encoder for a task; kgrec finetune --help says what RUN is left with.")
     if cfg is None:
         return 0
@@ -60,36 +58,11 @@ def shipped() -> dict[str, pathlib.Path]:
 
 def load(name: str) -> Any:
     """The FinetuneConfig of a file or of a shipped config; KgrecError in one line for anything else."""
+    from kgrec_jax.config import load_file
     from kgrec_jax.stages.finetune import FinetuneConfig
 
     path, known = pathlib.Path(name).expanduser(), shipped()
     file = path if path.is_file() else known.get(path.name.removesuffix(".py"))
     if file is None or (file is not path and path.parent.parts not in ((), ("finetune",), ("configs", "finetune"))):
         raise KgrecError(f"CONFIG: found no file {name!r}, expected a path or a shipped config: {', '.join(known)}")
-    try:
-        config = runpy.run_path(str(file))["get_config"]()
-    except KgrecError:
-        raise
-    except SyntaxError as error:
-        raise KgrecError(f"{file}:{error.lineno or 1}: found a syntax error ({error.msg}), expected Python; correct "
-                         "the line") from None
-    except Exception as error:  # a config is a person's input: whatever it raises is said in one line
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise KgrecError(f"{file}:{lines[-1] if lines else 1}: found {said}, expected a get_config() that returns a "
-                         "FinetuneConfig") from None
-    if not isinstance(config, FinetuneConfig):
-        raise KgrecError(f"{file}: found a get_config() that returns {type(config).__name__}, expected FinetuneConfig")
-    _check_types(config, file)
-    return config
-
-
-def _check_types(config: Any, file: pathlib.Path) -> None:
-    from kgrec_jax.config import fields_of
-
-    for field in fields_of(type(config)).values():
-        value: Any = config
-        for part in field.name.split("."):
-            value = getattr(value, part, None)
-        if not field.holds(value):
-            raise KgrecError(f"{file}: {field.name}: found {value!r}, expected {field.expected()}")
+    return load_file(file, FinetuneConfig)

@@ -65,6 +65,15 @@ def learning_rate(cfg: OptimConfig, num_steps: int, peak: float | None = None) -
     return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
 
 
+def by_part(parts: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """Each top-level part of the parameters by the optimiser of its name."""
+
+    def label(params: dict) -> dict:
+        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
+    return optax.partition(parts, label)
+
+
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `num_steps` steps: clips, then moves dense parameters, tables and frozen ones apart.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import signal
 import threading
@@ -24,6 +23,7 @@ from kgrec_jax.checkpoint import Checkpoints
 from kgrec_jax.data import loader
 from kgrec_jax.errors import Interrupted, KgrecError
 from kgrec_jax.optim import accumulated, ema_update
+from kgrec_jax.machine import cpu_threads
 from kgrec_jax.sharding import Rules, put, put_batch, shardings
 from kgrec_jax.tracking import Tracker
 
@@ -399,7 +399,7 @@ def _on_mesh(x: Any, mesh: Mesh) -> Any:
 
 def _describe(mesh: Mesh) -> str:
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"{mesh.devices.flat[0].device_kind} ({shape}), {len(os.sched_getaffinity(0))} CPU threads"
+    return f"{mesh.devices.flat[0].device_kind} ({shape}), {cpu_threads()} CPU threads"
 
 
 def _batch_size(batch: Any) -> int:

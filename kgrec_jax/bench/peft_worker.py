@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -20,15 +19,16 @@ from kgrec_jax import compilation_cache, losses, train
 from kgrec_jax.bench.peft import RATES, Settings
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.folder import read_folder
-from kgrec_jax.data.link_batches import LinkRows, hold_out, merge_queries
+from kgrec_jax.data.link_batches import LinkRows, hold_out, merge_queries, some_triples
 from kgrec_jax.data.sources import resolve
 from kgrec_jax.data.text import load_tokenizer
 from kgrec_jax.data.toy import toy_world
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.link_prediction import KnownTails, evaluate_link_prediction
+from kgrec_jax.machine import cpu_threads, peak_mb
 from kgrec_jax.models import bert, encoders, heads, peft
 from kgrec_jax.models.text_encoder import encode_texts
-from kgrec_jax.optim import OptimConfig, make_optimizer
+from kgrec_jax.optim import OptimConfig, by_part, make_optimizer
 from kgrec_jax.pretrained.hf import Encoder, load_encoder
 from kgrec_jax.sharding import make_mesh
 from kgrec_jax.tracking import Tracker
@@ -118,7 +118,7 @@ def prepare(settings: Settings, folder: pathlib.Path) -> dict[str, Any]:
     return {"data": pathlib.Path(settings.data).name or "toy world", "entities": graph.num_entities, "length": length,
             "queries": len(merge_queries(graph.triples[part == 0], graph.num_relations, 16)),
             "test": len(_test(settings, task)), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
-            f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU threads",
+            f"{cpu_threads()} CPU threads",
             "untuned_mrr": untuned["mrr"]}
 
 
@@ -147,7 +147,7 @@ def measure(settings: Settings, method: str, folder: pathlib.Path) -> dict[str, 
         fitted = train.fit(
             workdir=pathlib.Path(workdir), init_fn=init, constants={"encoder": base, "entities": task.entities},
             loss_fn=functools.partial(loss, cfg, encoder.config), source=source, tx=tx,
-            seed=settings.seed, mesh=mesh, rules=bert.BERT_RULES, log_every=max(1, settings.steps // 8),
+            seed=settings.seed, mesh=mesh, rules=encoders.rules(encoder.config), log_every=max(1, settings.steps // 8),
             checkpoint_every=0, label=method, tracker=Tracker(workdir, quiet=True))
         speed = throughput(pathlib.Path(workdir), source)
     peak = peak_mb()
@@ -179,9 +179,7 @@ def vectors(cfg: peft.PeftConfig, config: bert.BertConfig, trainable: dict, base
 def optimizer(cfg: peft.PeftConfig, steps: int) -> optax.GradientTransformation:
     """The method's rate for the encoder, one rate for the temperature."""
     tuned = peft.optimizer(cfg, make_optimizer(OptimConfig(peak_lr=RATES[cfg.method]), steps), steps)
-    parts = {"encoder": tuned, "head": make_optimizer(OptimConfig(peak_lr=1e-2), steps)}
-    return optax.partition(parts, lambda params: {name: jax.tree.map(lambda _, name=name: name, tree)
-                                                  for name, tree in params.items()})
+    return by_part({"encoder": tuned, "head": make_optimizer(OptimConfig(peak_lr=1e-2), steps)})
 
 
 def quality(settings: Settings, task: Task, encoder: Encoder, cfg: peft.PeftConfig, params: dict) -> dict[str, float]:
@@ -209,21 +207,6 @@ def throughput(workdir: pathlib.Path, source: QuerySource) -> dict[str, float]:
     return {"tokens_per_s": rate * float(tokens), "step_ms": 1000.0 * source.batch / rate}
 
 
-def peak_mb() -> float:
-    """Peak memory of this process so far in MB: of the device where it tells, else resident."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    status = pathlib.Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss would count what the parent held when it started this process
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
 def _head() -> dict:
     return heads.init_matching(1.0 / FIRST_SCALE)
 
@@ -240,11 +223,7 @@ def _graph(settings: Settings) -> Graph:
 
 
 def _test(settings: Settings, task: Task) -> np.ndarray:
-    triples = task.triples[task.part == 2]
-    if len(triples) <= settings.eval_limit:
-        return triples
-    chosen = np.random.default_rng([settings.seed, 31]).permutation(len(triples))[:settings.eval_limit]
-    return triples[np.sort(chosen)]
+    return some_triples(task.triples[task.part == 2], settings.eval_limit, settings.seed)
 
 
 def _table(ids: list[list[int]]) -> np.ndarray:

@@ -40,6 +40,13 @@ class TextLinkBatch:
     word_weight: np.ndarray  # [B, M] float32, 0 is padding
 
 
+def some_triples(triples: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """At most `limit` of the triples [n, 3], drawn by the seed, in their order."""
+    if len(triples) <= limit:
+        return triples
+    return triples[np.sort(np.random.default_rng([seed, 31]).permutation(len(triples))[:limit])]
+
+
 def hold_out(triples: np.ndarray, valid_share: float, test_share: float, *, seed: int, limit: int = 5000) -> np.ndarray:
     """The part of each triple, [T] int8: 0 train, 1 valid, 2 test, drawn by `seed`, each share at most `limit` triples.
 

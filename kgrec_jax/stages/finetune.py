@@ -23,7 +23,7 @@ from kgrec_jax.data.finetune import ExampleBatch, ExampleSource, Task, TextBatch
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.finetune_metrics import classification_metrics, regression_metrics
 from kgrec_jax.models import bert, encoders, heads, peft
-from kgrec_jax.optim import OptimConfig, make_optimizer
+from kgrec_jax.optim import OptimConfig, by_part, make_optimizer
 from kgrec_jax.sharding import MeshConfig, make_mesh, put, put_batch, shardings
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 from kgrec_jax.stages.finetune_data import FinetuneData, Prepared, ScratchConfig, open_run, prepare
@@ -169,10 +169,8 @@ def _contrast_metrics(model: Model, params: dict, base: dict, source: ExampleSou
 
 def optimizer(cfg: FinetuneConfig, steps: int) -> optax.GradientTransformation:
     """Encoder and head at their own rates; with the rank allocation of AdaLoRA where that is the method."""
-    parts = {"encoder": peft.optimizer(cfg.peft, make_optimizer(cfg.optim, steps), steps),
-             "head": make_optimizer(cfg.head_optim, steps)}
-    return optax.partition(parts, lambda params: {name: jax.tree.map(lambda _, name=name: name, tree)
-                                                  for name, tree in params.items()})
+    return by_part({"encoder": peft.optimizer(cfg.peft, make_optimizer(cfg.optim, steps), steps),
+                    "head": make_optimizer(cfg.head_optim, steps)})
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -213,7 +211,7 @@ def run(cfg: FinetuneConfig, workdir: pathlib.Path | str, quiet: bool = False) -
     tracker.say(f"finetune: {cfg.task}, {len(prepared.train):,} examples of at most {prepared.length} tokens, "
                 f"{len(prepared.dev):,} held out; {cfg.peft.method} trains {share:.2%} of the encoder; {steps:,} steps "
                 f"of {cfg.batch}")
-    placed = put(base, shardings(base, mesh, bert.BERT_RULES))
+    placed = put(base, shardings(base, mesh, encoders.rules(config)))
 
     def measure(params: dict) -> dict[str, float]:
         return evaluate(model, params, placed, prepared, cfg.batch, mesh)
@@ -226,7 +224,7 @@ def run(cfg: FinetuneConfig, workdir: pathlib.Path | str, quiet: bool = False) -
         workdir=workdir / "training", init_fn=lambda key: model.init(backbone, key), constants=base,
         loss_fn=lambda params, constants, batch, key: loss(model, params, constants, batch, key),
         source=prepared.source("train", steps, cfg.batch, (cfg.seed, 7)), tx=optimizer(cfg, steps), seed=cfg.seed,
-        mesh=mesh, rules=bert.BERT_RULES, log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
+        mesh=mesh, rules=encoders.rules(config), log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
         evaluate=measure, label="finetune", tracker=tracker)
     report = {"format_version": FORMAT_VERSION, "task": cfg.task, "method": cfg.peft.method, "trainable_share": share,
               "examples": len(prepared.train), "held_out": len(prepared.dev), "classes": prepared.classes,

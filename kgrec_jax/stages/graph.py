@@ -22,13 +22,14 @@ from kgrec_jax import checkpoint, train
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.graph import merge_inverse_relations
 from kgrec_jax.data.link_batches import (LinkBatch, LinkRows, LinkSource, TextLinkBatch, TextLinkSource, TripleWords,
-                                         encode_queries, hold_out, merge_queries)
+                                         encode_queries, hold_out, merge_queries, some_triples)
 from kgrec_jax.data.text import Tokenizer, coverage, load_tokenizer
 from kgrec_jax.evaluation.link_prediction import KnownTails, evaluate_link_prediction
 from kgrec_jax.models import bert
+from kgrec_jax.models.encoder_config import layer_weights
 from kgrec_jax.models.graph_embedding import GRAPH_RULES, GraphEmbedding
 from kgrec_jax.models.triple_encoder import TRIPLE_ENCODER_RULES, TripleEncoder
-from kgrec_jax.optim import OptimConfig, make_optimizer
+from kgrec_jax.optim import OptimConfig, by_part, make_optimizer
 from kgrec_jax.sharding import padded_rows
 from kgrec_jax.stages import pretrain
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
@@ -167,11 +168,7 @@ def text_loss(cfg: Config, model: TripleEncoder, has_head: bool, params: dict, c
 def text_optimizer(cfg: Config, steps: int) -> optax.GradientTransformation:
     """Each part at its own rate; plain descent for the tables, since Adam would move rows that nothing asks to move."""
     parts = {"tables": cfg.table_optim, "bridge": cfg.bridge_optim, "encoder": cfg.encoder_optim}
-
-    def label(params: dict) -> dict:
-        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
-
-    return optax.partition({name: make_optimizer(optim, steps) for name, optim in parts.items()}, label)
+    return by_part({name: make_optimizer(optim, steps) for name, optim in parts.items()})
 
 
 def structure_optimizer(cfg: Config, steps: int) -> optax.GradientTransformation:
@@ -193,10 +190,7 @@ def evaluate(model: GraphEmbedding, tables: dict, data: LinkData, part: int) -> 
 def evaluate_text(cfg: Config, model: TripleEncoder, params: dict, encoder: dict, words: TripleWords, data: LinkData,
                   length: int, *, use_vectors: bool, seed: int) -> dict[str, float]:
     """Filtered metrics of the queries in words on at most `text_eval` test triples; `use_vectors`: of their heads."""
-    triples = data.triples(2)
-    if len(triples) > cfg.text_eval:
-        chosen = np.random.default_rng([seed, 31]).permutation(len(triples))[:cfg.text_eval]
-        triples = triples[np.sort(chosen)]
+    triples = some_triples(data.triples(2), cfg.text_eval, seed)
     if not len(triples):
         return {}
     merged, score = jax.jit(model.merged_encoder)(params, encoder), jax.jit(model.scores)
@@ -347,9 +341,7 @@ def check(cfg: Config) -> None:
 
 
 def _text_seconds(encoder: Any, tokens: int) -> float:
-    shape = encoder.config
-    weights = shape.num_hidden_layers * (4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size)
-    return 8.0 + 4.0 * weights * tokens / ENCODER_FLOPS
+    return 8.0 + 4.0 * layer_weights(encoder.config) * tokens / ENCODER_FLOPS
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from kgrec_jax.data.mlm_batches import SOURCES
 from kgrec_jax.data.text import Tokenizer, coverage, load_tokenizer
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models import encoders
+from kgrec_jax.models.encoder_config import MINILM_WEIGHTS, layer_weights
 from kgrec_jax.optim import OptimConfig, make_optimizer
 from kgrec_jax.pretrained.hf import Encoder, load_encoder
 from kgrec_jax.sharding import put, put_batch, shardings
@@ -34,7 +35,6 @@ from kgrec_jax.tracking import write_json
 __all__ = ["MAX_HEAD_STEPS", "MAX_STEPS", "Config", "Corpus", "Plan", "Shape", "check", "evaluate", "fresh_head",
            "init", "loss", "make_corpus", "make_plan", "merge", "run", "stage_encoder", "texts_of"]
 
-_MINILM = 6 * (4 * 384**2 + 2 * 384 * 1536)  # weights of the layers by which TOKENS_PER_SECOND is measured
 FIGURES = ("masked_accuracy", "next_token_accuracy", "perplexity")
 
 
@@ -134,12 +134,11 @@ class _Training:
         if not self.cfg.told:
             return
         cfg, shape, plan = self.cfg, self.encoder.config, self.plan
-        layers = shape.num_hidden_layers * (4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size)
-        weights = layers + cfg.mask_share * shape.vocab_size * shape.hidden_size
+        weights = layer_weights(shape) + cfg.mask_share * shape.vocab_size * shape.hidden_size
         self.run.tracker.say(
             f"pretrain: {cfg.mode}, {shape.num_hidden_layers} layers × {shape.hidden_size}, {shape.vocab_size:,} word "
             f"pieces; {plan.steps:,} steps of {cfg.batch * cfg.accumulate} × {cfg.length} tokens, "
-            f"about {plan.seconds * weights / _MINILM / 60:.1f} minutes on two idle cores")
+            f"about {plan.seconds * weights / MINILM_WEIGHTS / 60:.1f} minutes on two idle cores")
 
     def run_all(self) -> dict:
         """The weights as one tree and the figures of done.json."""

@@ -9,6 +9,7 @@ from typing import Literal
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.encoder_config import BertConfig, EncoderConfig, GptConfig
 from kgrec_jax.optim import OptimConfig
+from kgrec_jax.stages.bounds import check_bounds
 
 MAX_HEAD_STEPS, MAX_STEPS = 24, 36
 TOKENS_PER_SECOND = 1000.0  # of a small encoder's training on two cores
@@ -124,10 +125,7 @@ def check(cfg: Config, config: EncoderConfig | None = None) -> None:
     if config and cfg.objective not in ("auto", "causal" if isinstance(config, GptConfig) else "masked"):
         raise KgrecError(f"pretrain.objective: found {cfg.objective} with an encoder of type {config.model_type}, "
                          "expected causal for gpt2 and masked for the others; auto takes what fits")
-    for name, (low, high) in bounds.items():
-        value = getattr(cfg, name)
-        if not low <= value <= high:
-            raise KgrecError(f"pretrain.{name}: found {value}, expected {low} to {high}")
+    check_bounds("pretrain", cfg, bounds)
     if cfg.mode == "scratch" and not (6 <= cfg.shape.vocab_size <= many and 0.0 <= cfg.shape.dropout < 1.0):
         raise KgrecError(f"pretrain.shape: found vocab_size {cfg.shape.vocab_size} and dropout {cfg.shape.dropout}, "
                          f"expected 6 to {many} and 0 to below 1")

@@ -1,0 +1,51 @@
+"""Arguments of the command line, with errors of one line. It imports neither JAX nor tyro."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from kgrec_jax.errors import KgrecError
+
+
+def take(argv: list[str], flag: str) -> tuple[list[str], str]:
+    """The other arguments, and the value of a flag that is no field of the config."""
+    rest, value = [], ""
+    words = iter(argv)
+    for word in words:
+        if word != flag and not word.startswith(flag + "="):
+            rest.append(word)
+            continue
+        value = next(words, "") if word == flag else word[len(flag) + 1:]
+        if not value or value.startswith("--"):
+            raise KgrecError(f"{flag}: found no value, expected the folder of the run")
+    return rest, value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the project's errors: one line, FIELD: found …, expected …."""
+
+    def __init__(self, name: str, description: str):
+        super().__init__(prog=f"kgrec {name}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> None:
+        """Raises KgrecError for what argparse found."""
+        patterns = (
+            (r"argument ([^:]+): invalid choice: (.*) \(choose from (.*)\)", r"\1: found \2, expected one of \3"),
+            (r"argument ([^:]+): expected (.*)", r"\1: found no value, expected \2"),
+            (r"argument ([^:]+): (found .*)", r"\1: \2"),
+            (r"the following arguments are required: (.*)", r"\1: found none, expected it"),
+            (r"unrecognized arguments: (\S+).*", r"\1: unknown argument, expected those of the command"))
+        for pattern, words in patterns:
+            if re.fullmatch(pattern, message):
+                message = re.sub(pattern, words, message)
+                break
+        raise KgrecError(f"{message}; see {self.prog} --help")
+
+
+def positive(word: str) -> int:
+    """A whole number of at least 1, as the type of an argument."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
+    return int(word)
