@@ -20,12 +20,12 @@ from kgrec_jax.linear.ease import skip_reason
 from kgrec_jax.models.encoder_config import MINILM_WEIGHTS, layer_weights
 from kgrec_jax.pretrained.hf import read_config
 from kgrec_jax.stages import fuse, graph, pretrain
-from kgrec_jax.stages.item_features import item_texts
+from kgrec_jax.stages.item_features import COMPARED_TOKENS, item_texts
 
 STAGES = ("pretrain", "graph", "fuse", "evaluate")
 _TOKENS_PER_SECOND = 4_500.0  # that it encodes
 _TOKENS_PER_WORD = 1.4  # where no tokenizer is at hand
-_CHOICE_ITEMS, _CHOICE_TOKENS, _CHOICE_ENCODERS = 400, 64, 3  # what reading with each candidate encoder costs
+_CANDIDATES = 3  # encoders that read some of the items before one of them reads all
 _FLOPS = 5e10  # a second, of inverses and matrix products
 _INVERSES, _KERNELS = 12, 60  # item-item matrices that EASE's and the ridge's settings are chosen among
 _TOWER_FLOPS = 1.5e10  # a second, of a towers' step
@@ -161,10 +161,9 @@ def _fuse(cfg: fuse.Config, dataset: Dataset, reader: _Reader, tokenizer: Tokeni
     seconds += 2 * (3.0 + steps * 24.0 * cfg.batch * items * cfg.tower.width / _TOWER_FLOPS)
     tokens = 0.0 if strange else _tokens(dataset, tokenizer, cfg.text_length)
     if tokens:
-        share = min(_CHOICE_ITEMS / items, 1.0) * min(_CHOICE_TOKENS / cfg.text_length, 1.0)
-        again = _CHOICE_ENCODERS * share if cfg.text_encoder == "choose" else 0.0
+        compared = min(tokens, COMPARED_TOKENS) * _CANDIDATES if cfg.text_encoder == "choose" else 0.0
         words.append(f"{tokens:,.0f} tokens of item texts")
-        seconds += tokens * (1.0 + again) * reader.slower / _TOKENS_PER_SECOND
+        seconds += (tokens + compared) * reader.slower / _TOKENS_PER_SECOND
     reason = skip_reason(items)
     if reason:
         words.append(f"no EASE: {reason}")

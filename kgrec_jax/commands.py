@@ -151,15 +151,10 @@ def read_candidates(path: str) -> dict[str, int]:
     if not file.is_file():
         raise KgrecError(f"--candidates: found {'a folder' if file.is_dir() else 'no such file'} at {path}, expected a "
                          "file with one item id a line")
-    data = file.read_bytes()
-    try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise KgrecError(f"{path}:{line}: found bytes that are not UTF-8, expected UTF-8; convert the file") from None
+    from kgrec_jax.data.lines import read_lines
+
     found: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        line = line.removesuffix("\r")
+    for number, line in enumerate(read_lines(file), start=1):
         if line.strip() and (found or line != "item_id"):
             found.setdefault(line, number)
     if not found:

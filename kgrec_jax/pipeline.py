@@ -96,6 +96,7 @@ def _open(workdir: pathlib.Path | str, quiet: bool) -> Run:
         if held.done(name) is None:
             raise KgrecError(f"{path}: found a run whose stage {name} is not finished, expected a finished one; finish "
                              "it with the kgrec run that began it")
+    held.split  # read to be verified: a run whose split was changed since has chosen nothing that could be trusted
     return held
 
 

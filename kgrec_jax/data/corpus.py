@@ -31,6 +31,7 @@ import pyarrow.parquet
 
 from kgrec_jax.data.tables import find_table
 from kgrec_jax.data.texts import separator
+from kgrec_jax.data.lines import encoding_error
 from kgrec_jax.errors import KgrecError
 
 KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv",
@@ -291,8 +292,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
                                      "document a line; break it into lines")
                 yield number, data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"), raw.tell()
         except UnicodeDecodeError:
-            raise KgrecError(f"{path}:{number}: found bytes that are not UTF-8, expected UTF-8; convert the file with "
-                             "iconv") from None
+            raise encoding_error(path, number) from None
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             if path.suffix not in PACKED:
                 raise

@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from kgrec_jax.data import lines
 from kgrec_jax.data.text import Tokenizer
 from kgrec_jax.errors import KgrecError
 
@@ -115,7 +116,8 @@ def read_examples(path: pathlib.Path, task: Task) -> Examples:
 def read_lines(path: pathlib.Path | str) -> Examples:
     """The non-empty lines of a text file as examples without labels; KgrecError where there is none or no UTF-8."""
     path = pathlib.Path(path)
-    kept = [(number, line.strip()) for number, line in _lines(path) if line.strip()]
+    kept = [(number, line.strip()) for number, line in enumerate(lines.read_lines(path), start=1)
+            if line.strip()]
     if not kept:
         raise KgrecError(f"{path}: found no text, expected one a line")
     return Examples(tuple(t for _, t in kept), (), (), tuple(n for n, _ in kept), path)
@@ -140,19 +142,8 @@ def class_rows(examples: Examples, classes: Sequence[str]) -> np.ndarray:
     return np.array([rows[label] for label in examples.labels], np.float32)
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise KgrecError(f"{path}:{line}: found bytes that are not UTF-8, expected UTF-8; convert the file") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        yield number, line.removesuffix("\r")
-
-
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    for number, line in _lines(path):
+    for number, line in enumerate(lines.read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -167,7 +158,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
 
 def _tsv_rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
     header: list[str] | None = None
-    for number, line in _lines(path):
+    for number, line in enumerate(lines.read_lines(path), start=1):
         if not line:
             continue
         cells = line.split("\t")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kgrec_jax.data.lines import read_lines
 from kgrec_jax.errors import KgrecError
 
 
@@ -14,11 +15,9 @@ def read_ids(path: pathlib.Path) -> list[str]:
     """The identifiers of a file with one a line, each once; empty lines at the end do not count."""
     if not path.is_file():
         raise KgrecError(f"{path}: found no such file, expected one item id a line; check the path")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[:error.start].count(b"\n") + 1
-        raise KgrecError(f"{path}:{line}: found bytes that are not UTF-8, expected UTF-8; convert the file") from None
+    lines = read_lines(path)
+    while len(lines) > 1 and not lines[-1]:
+        lines.pop()
     seen: dict[str, int] = {}
     for number, identifier in enumerate(lines, 1):
         if not identifier:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from kgrec_jax.data.lines import encoding_error
 from kgrec_jax.errors import KgrecError
 
 Kind = Literal["id", "text", "float", "int"]
@@ -139,7 +140,7 @@ def read_header(path: pathlib.Path) -> list[str]:
     first = next(_lines(path), (1, []))[1]
     bad = next((c for c in first if _is_invalid(c)), None)
     if bad is not None:
-        raise _encoding_error(path, 1)
+        raise encoding_error(path, 1)
     if not any(first):
         raise KgrecError(f"{path}:1: found an empty line, expected the names of the columns")
     return first
@@ -287,11 +288,6 @@ def _where(path: pathlib.Path, row: int) -> str:
     return f"{path}:{row + 2}"
 
 
-def _encoding_error(path: pathlib.Path, line: int) -> KgrecError:
-    return KgrecError(f"{path}:{line}: found bytes that are not UTF-8, expected UTF-8; convert it, for instance: "
-                      f"iconv -f LATIN1 -t UTF-8 {path.name}")
-
-
 def _diagnose(path: pathlib.Path, header: list[str], kinds: Mapping[str, Kind], message: str) -> KgrecError:
     """The first line that explains why pyarrow refused the file."""
     number = {i: c for i, c in enumerate(header) if kinds.get(c) in ("float", "int")}
@@ -299,7 +295,7 @@ def _diagnose(path: pathlib.Path, header: list[str], kinds: Mapping[str, Kind], 
         if line == 1 or fields in ([], [""]):
             continue
         if any(_is_invalid(f) for f in fields):
-            return _encoding_error(path, line)
+            return encoding_error(path, line)
         if len(fields) != len(header):
             what = "the quotes around a value" if path.suffix == ".csv" else "tabs inside a value"
             return KgrecError(f"{path}:{line}: found {len(fields)} field{'s' * (len(fields) != 1)}, expected "

@@ -24,10 +24,10 @@ from kgrec_jax.data.text import TfidfSvd, TfidfWords, fit_tfidf_svd, fit_tfidf_w
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.serving.explain import BEST_LEFT
 from kgrec_jax.serving.store import Files
+from kgrec_jax.stages import item_features
+from kgrec_jax.stages.item_features import NGRAMS, RELEASED
 
 TEXT_WEIGHT, WORDS_WEIGHT, TITLE_WEIGHT, POPULARITY_WEIGHT = 1.0, 4.0, 4.0, 0.1
-NGRAMS = "character n-grams"  # the source of the item vectors where no encoder knows the language
-RELEASED = "released encoder"
 _ENCODER_FILES = ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
                   "added_tokens.json")
 _CLOSE = 1.0  # standard deviations from which a text is called close to the query
@@ -90,8 +90,6 @@ class QueryIndex:
     @staticmethod
     def of(run: Any) -> QueryIndex | None:
         """The index of a run whose fusion stage has read the texts; None where items have neither texts nor names."""
-        from kgrec_jax.stages import item_features
-
         data = run.dataset
         texts = item_features.item_texts(data)
         named = [name if name != item else "" for name, item in zip(data.item_names, data.item_ids, strict=True)]
@@ -104,7 +102,7 @@ class QueryIndex:
             return QueryIndex(index, index.encode(documents), None, None, None)
         present = np.abs(vectors).sum(1) > 0
         mean = vectors[present].mean(0) if present.any() else np.zeros(vectors.shape[1], np.float32)
-        return QueryIndex(index, index.encode(documents), _unit(item_features.centred(vectors)), mean, reader)
+        return QueryIndex(index, index.encode(documents), item_features.unit_rows(item_features.centred(vectors)), mean, reader)
 
     def matches(self, query: str, popularity: np.ndarray, say: Say | None = None,
                 titled: Sequence[int] = ()) -> Matches:
@@ -193,7 +191,7 @@ class QueryIndex:
             return None
         if not vector.any():
             return None
-        return (self.vectors @ _unit((vector - self.mean)[None])[0]).astype(np.float64)
+        return (self.vectors @ item_features.unit_rows((vector - self.mean)[None])[0]).astype(np.float64)
 
 
 def _vectors(run: Any, texts: list[str]) -> tuple[np.ndarray | None, QueryEncoder | TfidfSvd | None]:
@@ -215,34 +213,23 @@ def _vectors(run: Any, texts: list[str]) -> tuple[np.ndarray | None, QueryEncode
 
 def _reader(run: Any, source: str) -> QueryEncoder:
     """The encoder by the name that the fusion stage gave its weights."""
-    from kgrec_jax.data.sources import resolve
     from kgrec_jax.models import encoders
-    from kgrec_jax.pretrained.hf import load_encoder, read_config
-    from kgrec_jax.stages import item_features
+    from kgrec_jax.pretrained.hf import load_encoder
 
     if run.experiment.pretrain.mode == "scratch":
         raise KgrecError("pretrain.mode: found scratch, whose encoder is not kept for queries")
-
     name, length = run.experiment.encoder, run.experiment.fuse.text_length
-    folder = pathlib.Path(name).expanduser()
-    if source == RELEASED and not folder.is_dir():
+    if source == RELEASED and not pathlib.Path(name).expanduser().is_dir():
         return QueryEncoder(name, None, None, length)
     # A folder of this machine, or weights that the run has tuned: they go along, or the recommender could not be moved.
-    if source == RELEASED:
-        params = load_encoder(name, say=run.tracker.say).params
-    else:
-        candidates = item_features.text_candidates(run.experiment, run)
-        if source not in candidates:
-            raise KgrecError(f"{run.path}: found no weights of {source!r}, expected those that read the items")
-        params = candidates[source]
-    folder = folder if folder.is_dir() else resolve(name, say=run.tracker.say)
-    kept = encoders.backbone(read_config(folder), params)
+    encoder = load_encoder(name, say=run.tracker.say)
+    found = {} if source == RELEASED else item_features.text_candidates(run.experiment, run, encoder)
+    params = encoder.params if source == RELEASED else found.get(source)
+    if params is None:
+        raise KgrecError(f"{run.path}: found no weights of {source!r}, expected those that read the items")
+    folder = encoder.tokenizer_folder
     files = Files(folder, tuple(file for file in _ENCODER_FILES if (folder / file).is_file()))
-    return QueryEncoder("", files, kept, length)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    return QueryEncoder("", files, encoders.backbone(encoder.config, params), length)
 
 
 def _standardise(values: np.ndarray, present: np.ndarray) -> np.ndarray:

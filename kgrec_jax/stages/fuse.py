@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.choose import LinearChoice, choose_linear
 from kgrec_jax.linear.ease import ease, skip_reason
-from kgrec_jax.linear.parts import ItemWeights, Part
+from kgrec_jax.linear.parts import Part
 from kgrec_jax.models.recommender import FusedModel, histories_of
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.optim import OptimConfig
@@ -28,6 +28,7 @@ from kgrec_jax.stages import item_features
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 from kgrec_jax.stages.fuse_gate import GateConfig, HeldOut, learn_gate
 from kgrec_jax.stages.fuse_parts import Fitter, TowerTraining
+from kgrec_jax.stages.item_features import ItemContent
 from kgrec_jax.tracking import write_json
 
 # The rows of the report beside `fusion` and the towers', in order.
@@ -147,33 +148,42 @@ def check(cfg: Config) -> None:
 
 def prepare(experiment: Any, run: Any) -> tuple[Fitter, Choices]:
     """Chooses every setting on held-out interactions, once for a run folder, and reads texts and graph."""
-    cfg, split, seed, say = experiment.fuse, run.split, experiment.seed, run.tracker.say
-    shape = run.dataset.num_users, run.dataset.num_items
-    held = run.stage("fuse") / "choices.json"
-    before = Choices.load(held) if held.is_file() else None
-    train_matrix = split.train.matrix(*shape)
-    if before is None:
-        skipped = {"ease": reason} if (reason := skip_reason(run.dataset.num_items)) else {}
-        linear = _choose_linear(split, shape, cfg.gate.inner_share, seed, not skipped, say)
+    cfg, held = experiment.fuse, run.stage("fuse") / "choices.json"
+    if held.is_file():
+        choices = Choices.load(held)
+        vectors, source, _ = item_features.read_texts(experiment, run, None, None)
+        content = item_features.build_content(run.dataset, run, vectors, source)
+        kernels = _kernels(content, choices.content.weights if choices.content else ())
     else:
-        skipped, linear = before.skipped, before.linear
-    first: ItemWeights | None = None
-    if before is None and not skipped:
-        first = ease(train_matrix, linear.ease_l2, linear.ease_dropout)
-    vectors, source, compared = item_features.read_texts(experiment, run, train_matrix, first)
-    content = item_features.build_content(run.dataset, run, vectors, source)
-    choice, kernel = None if before is None else before.content, None
-    if not skipped and (before is None or choice is not None):
-        blocks = content.blocks()
-        kernels = {n: ridge.kernel(b) for n, b in blocks.items() if choice is None or n in choice.weights}
-        if kernels and choice is None:
-            choice = ridge.choose(train_matrix, first, kernels, say=say)
-        kernel = ridge.combine(kernels, choice) if kernels else None
-    choices = before or Choices(linear, choice, source, compared, skipped)
-    if before is None:
+        choices, content, kernels = _choose(experiment, run)
         choices.save(held)
-    l2 = choice.l2 if choice is not None else 0.0
-    return Fitter(cfg.tower, cfg.training, run, content, kernel, l2, linear, not skipped, seed), choices
+    kernel, l2 = None, 0.0
+    if choices.content is not None:
+        kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
+    with_ease = "ease" not in choices.skipped
+    fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, with_ease, experiment.seed)
+    return fitter, choices
+
+
+def _choose(experiment: Any, run: Any) -> tuple[Choices, ItemContent, dict[str, np.ndarray]]:
+    """(what held-out interactions choose, the items' content, the kernels of its blocks)."""
+    split, say = run.split, run.tracker.say
+    shape = run.dataset.num_users, run.dataset.num_items
+    train_matrix = split.train.matrix(*shape)
+    skipped = {"ease": reason} if (reason := skip_reason(run.dataset.num_items)) else {}
+    linear = _choose_linear(split, shape, experiment.fuse.gate.inner_share, experiment.seed, not skipped, say)
+    part = None if skipped else ease(train_matrix, linear.ease_l2, linear.ease_dropout)
+    vectors, source, compared = item_features.read_texts(experiment, run, train_matrix, part)
+    content = item_features.build_content(run.dataset, run, vectors, source)
+    kernels = {} if part is None else _kernels(content)
+    choice = ridge.choose(train_matrix, part, kernels, say=say) if kernels else None
+    return Choices(linear, choice, source, compared, skipped), content, kernels
+
+
+def _kernels(content: ItemContent, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Name -> kernel [I, I] of the content's blocks, of all or of those named."""
+    blocks = content.blocks()
+    return {name: ridge.kernel(blocks[name]) for name in (blocks if names is None else names)}
 
 
 def _choose_linear(split: Split, shape: tuple[int, int], share: float, seed: int, with_ease: bool,

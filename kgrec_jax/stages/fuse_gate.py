@@ -157,9 +157,13 @@ def learn_gate(cfg: GateConfig, model: FusedModel, held: HeldOut, run: Any, seed
 
 def judge_parts(model: FusedModel, held: HeldOut, users: np.ndarray) -> dict[bool, dict[str, np.ndarray]]:
     """{is_cold: {part: NDCG@10 of each user who has something to be found there}}, empty where nobody has."""
-    return {side: {name: _each(held, users, model.cold == side, lambda own, n=name: model.part_scores(own, n))
-                   for name in model.names} if _relevant(held, users, model.cold == side).nnz else {}
-            for side in (False, True)}
+    out: dict[bool, dict[str, np.ndarray]] = {}
+    for side in (False, True):
+        among = model.cold == side
+        there = bool(_relevant(held, users, among).nnz)
+        out[side] = {name: _each(held, users, among, functools.partial(model.part_scores, name=name))
+                     for name in model.names if there}
+    return out
 
 
 def check_gate(model: FusedModel, gate: dict, held: HeldOut, users: np.ndarray, judged: dict[str, np.ndarray],
@@ -169,7 +173,7 @@ def check_gate(model: FusedModel, gate: dict, held: HeldOut, users: np.ndarray, 
     best = max(judged, key=lambda name: judged[name].mean())
     mean, error = paired_difference(fused, judged[best])
     told = {"fused": float(fused.mean()), "best": best, "value": float(judged[best].mean()), "kept": "the gate"}
-    if mean < 0 and not -mean <= error:
+    if mean < 0 and not -mean <= error:  # an error that is unknown lets the part decide too
         key = "cold" if side else "warm"
         alone = np.zeros(len(model.names), np.float32)
         alone[model.names.index(best)] = ALONE
@@ -180,14 +184,14 @@ def check_gate(model: FusedModel, gate: dict, held: HeldOut, users: np.ndarray, 
 
 def _relevant(held: HeldOut, users: np.ndarray, among: np.ndarray) -> sp.csr_matrix:
     """[n, I]: what is to be found, among the items of one kind."""
-    return (held.relevant[users] @ sp.diags(among.astype(np.float32))).tocsr()
+    relevant = (held.relevant[users] @ sp.diags(among.astype(np.float32))).tocsr()
+    relevant.eliminate_zeros()
+    return relevant
 
 
 def _each(held: HeldOut, users: np.ndarray, among: np.ndarray, score: Any) -> np.ndarray:
     """NDCG@10 of each user who has something to be found among the items of one kind, those alone ranked."""
-    relevant = _relevant(held, users, among)
-    relevant.eliminate_zeros()
-    out = []
+    relevant, out = _relevant(held, users, among), []
     for start in range(0, len(users), 512):
         rows = users[start:start + 512]
         scores = np.array(score(held.histories.take(rows)))

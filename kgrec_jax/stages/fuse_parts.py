@@ -29,7 +29,7 @@ from kgrec_jax.sharding import REPLICATED, Rules
 from kgrec_jax.stages import item_features
 from kgrec_jax.stages.item_features import ItemContent
 
-TOWER_RULES: Rules = REPLICATED  # the towers are small; item tables are sharded with the large-catalogue path
+TOWER_RULES: Rules = REPLICATED  # the towers are small: every device has them whole
 ROW_ONLY = ("ease",)  # closed forms that are measured beside the fused score and are no part of it
 
 

@@ -27,6 +27,7 @@ from kgrec_jax.stages.graph import training_graph
 from kgrec_jax.stages.pretrain import released_encoder
 
 FALLBACK_WIDTH = 128  # of character n-gram vectors, where no encoder knows the language
+RELEASED, NGRAMS = "released encoder", "character n-grams"  # what reads the items, beside "pretrain" and "graph"
 MIN_COMPARED, COMPARED_TOKENS = 400, 40_000  # items on which encoders are compared: at least, and by their tokens
 
 
@@ -79,10 +80,9 @@ def item_texts(dataset: Any) -> list[str]:
     return [text if text.strip() else (name if name != item else "") for text, name, item in rows]
 
 
-def text_candidates(experiment: Any, run: Any) -> dict[str, Any]:
-    """{source: weights} of the encoders that may read the items: the released one first, then what the stages left."""
-    encoder = released_encoder(experiment, run)
-    out = {"released encoder": encoder.params}
+def text_candidates(experiment: Any, run: Any, encoder: Encoder) -> dict[str, Any]:
+    """{source: weights} of what may read the items: the released `encoder` first, then what the stages left."""
+    out = {RELEASED: encoder.params}
     for stage in ("graph",) if experiment.pretrain.mode == "scratch" else ("pretrain", "graph"):
         folder = run.stage(stage) / "encoder"
         if folder.is_dir():
@@ -90,7 +90,7 @@ def text_candidates(experiment: Any, run: Any) -> dict[str, Any]:
     return out
 
 
-def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix,
+def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix | None,
                part: ItemWeights | None) -> tuple[np.ndarray | None, str, dict[str, float]]:
     """(text vectors [I, d] or None, which weights read them, recall of each candidate on held-out items).
 
@@ -110,10 +110,10 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix,
     if reason:
         run.tracker.say(f"fuse: {reason}: the text part uses character n-grams")
         width = min(FALLBACK_WIDTH, max(2, len(rows) // 4))
-        vectors, source = texts.tfidf_svd(rows, width, experiment.seed), "character n-grams"
+        vectors, source = texts.tfidf_svd(rows, width, experiment.seed), NGRAMS
     else:
-        candidates = text_candidates(experiment, run)
-        source = "released encoder"
+        candidates = text_candidates(experiment, run, encoder)
+        source = RELEASED
         if cfg.text_encoder == "choose" and part is not None and len(candidates) > 1:
             compared = _compare(candidates, encoder, tokenizer, rows, cfg, run, train_matrix, part)
             best = max(compared, key=compared.get)

@@ -11,6 +11,7 @@ from pathlib import Path
 from kgrec_jax.data import names
 from kgrec_jax.data.importers import write_new_folder
 from kgrec_jax.data.importers.recbole_graph import relation_name
+from kgrec_jax.data.lines import encoding_error
 from kgrec_jax.errors import KgrecError
 
 _PARTS = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
@@ -111,8 +112,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError:
         lines = path.read_bytes().split(b"\n")
         bad = next((k for k, line in enumerate(lines, 1) if "\ufffd" in line.decode("utf-8", "replace")), 1)
-        raise KgrecError(f"{path}:{bad}: found bytes that are not UTF-8, expected UTF-8; convert it, for instance: "
-                         f"iconv -f LATIN1 -t UTF-8 {path.name}") from None
+        raise encoding_error(path, bad) from None
 
 
 def _numbers(path: Path, line: int, words: Sequence[str]) -> list[str]:
