@@ -1,4 +1,4 @@
-"""One door: kgrec {quickstart,run,pretrain,graph,fuse,evaluate,refit,recommend,data,finetune,bench,encoder}; its words and arguments."""
+"""One door: kgrec COMMAND, the commands of `SUMMARIES`; their words and their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kgrec bench language`: masked-LM training and encoding in tokens a second, beside PyTorch where an interpreter has it.
+"""`kgrec bench language`: masked-LM training and encoding in tokens a second, beside PyTorch where it is at hand.
 
 Random weights, full-length texts, 15 % masked positions, AdamW, dropout: the step of the pretrain stage. Both programs
 run in the same invocation, in processes of their own, one after the other and more than once; the medians are compared.
@@ -212,8 +212,8 @@ def encoder_folder(args: argparse.Namespace) -> pathlib.Path:
 
 def _run_worker(argv: list[str], args: argparse.Namespace) -> dict:
     """The figures of a fresh process of this program, on as many threads as asked for."""
-    command = [sys.executable, "-c", "import sys; from kgrec_jax.bench.language import run; sys.exit(run(sys.argv[1:]))",
-               *argv, "--worker", "ours"]
+    code = "import sys; from kgrec_jax.bench.language import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *argv, "--worker", "ours"]
     return _run_json(command, args, "this program")
 
 

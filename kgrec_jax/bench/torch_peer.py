@@ -1,4 +1,4 @@
-"""The peer of `kgrec bench language`: PyTorch and transformers, run by an interpreter that has them; prints one JSON line.
+"""The peer of `kgrec bench language`: PyTorch and transformers, by an interpreter that has them; prints one JSON line.
 
 It needs nothing of this package. Random weights and AdamW for training, every position through the vocabulary as
 transformers' own class does; with --texts a plain loop over the texts in their order, padded to the batch's longest.

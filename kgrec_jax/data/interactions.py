@@ -77,8 +77,8 @@ def _check(dataset: Dataset, cfg: SplitConfig, kind: str) -> None:
         raise KgrecError(f"data.split: found no interactions in {dataset.name}, expected interactions.tsv or train.tsv "
                          f"and test.tsv; only pretrain and graph can run on it")
     if not 0 < cfg.cold_pool <= 1 or 2 * cfg.cold_share > cfg.cold_pool:
-        raise KgrecError(f"data.split.cold_pool: found {cfg.cold_pool:g} with cold_share {cfg.cold_share:g}, expected a "
-                         "share above 0, at most 1 and at least twice the cold_share")
+        raise KgrecError(f"data.split.cold_pool: found {cfg.cold_pool:g} with cold_share {cfg.cold_share:g}, expected "
+                         "a share above 0, at most 1 and at least twice the cold_share")
     if cfg.seed < 0:
         raise KgrecError(f"data.split.seed: found {cfg.seed}, expected at least 0")
     for name in ("cold_share", "valid_share", "test_share"):

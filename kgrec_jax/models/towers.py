@@ -170,7 +170,7 @@ class Towers(nn.Module):
 
     def __call__(self, features: ItemFeatures, history: jax.Array,
                  deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
-        """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H], -1 = none."""
+        """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H], -1: none."""
         vectors = self.item_vectors(features, deterministic)
         return self.user_vectors(vectors, history, deterministic), vectors
 

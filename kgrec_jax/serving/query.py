@@ -102,7 +102,8 @@ class QueryIndex:
             return QueryIndex(index, index.encode(documents), None, None, None)
         present = np.abs(vectors).sum(1) > 0
         mean = vectors[present].mean(0) if present.any() else np.zeros(vectors.shape[1], np.float32)
-        return QueryIndex(index, index.encode(documents), item_features.unit_rows(item_features.centred(vectors)), mean, reader)
+        centred = item_features.unit_rows(item_features.centred(vectors))
+        return QueryIndex(index, index.encode(documents), centred, mean, reader)
 
     def matches(self, query: str, popularity: np.ndarray, say: Say | None = None,
                 titled: Sequence[int] = ()) -> Matches:
