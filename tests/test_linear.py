@@ -45,6 +45,7 @@ def test_inverse_in_place_spans_several_blocks():
     half = rng.normal(size=(1500, 1500))
     spd = np.asfortranarray(half @ half.T + 1500 * np.eye(1500))
     np.testing.assert_allclose(invert_spd(spd.copy(order="F"), "x"), np.linalg.inv(spd), atol=1e-10)
+    assert invert_spd(np.zeros((0, 0), order="F"), "x").shape == (0, 0)
 
 
 def test_neighbours_are_shrunken_cosines(matrix):

@@ -55,6 +55,8 @@ def gram(train: sp.csr_matrix) -> np.ndarray:
 
 def invert_spd(matrix: np.ndarray, field: str) -> np.ndarray:
     """Inverse of a symmetric positive definite matrix, in place by potrf and potri (NumPy's inv holds nine copies)."""
+    if not len(matrix):  # LAPACK refuses what has no rows
+        return matrix
     potrf, potri = (lapack.dpotrf, lapack.dpotri) if matrix.dtype == np.float64 else (lapack.spotrf, lapack.spotri)
     factor, info = potrf(matrix, lower=1, overwrite_a=1, clean=0)
     if info == 0:
