@@ -44,6 +44,8 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
             if "skipped" in results:
                 held.tracker.say(f"{name}: skipped: {results['skipped']}")
             held.finish(name, {**results, "wall_seconds": time.monotonic() - began})
+    if until == "graph":
+        return _report_graph(held, quiet)
     if until != "fuse":
         return None
     if held.done("fuse") is not None and (held.path / "report.json").is_file():
@@ -98,6 +100,29 @@ def _open(workdir: pathlib.Path | str, quiet: bool) -> Run:
                              "it with the kgrec run that began it")
     held.split  # read to be verified: a run whose split was changed since has chosen nothing that could be trusted
     return held
+
+
+def _report_graph(held: Run, quiet: bool) -> Report:
+    """The report of a run that ends with the graph stage: link prediction, and no list for anybody."""
+    stages = {name: held.done(name) or {} for name in ("pretrain", "graph")}
+    report = Report(
+        name=held.dataset.name, split=stages["graph"].get("split", ""), fit_on="train", history="", candidates=0,
+        users=0, models={}, paired={}, reference="", link_prediction=stages["graph"].get("link_prediction", {}),
+        timing=_seconds(stages), skipped=_skipped(stages), example={}, notes=tuple(held.dataset.notes))
+    if held.done("fuse") is None:  # a finished run keeps the report of all its stages
+        draw_plots(report.models, held.path)
+        write_report(report, held.path)
+    if not quiet:
+        print_report(report)
+    return report
+
+
+def _seconds(stages: dict[str, dict]) -> dict[str, float]:
+    return {name: float(done.get("wall_seconds", 0.0)) for name, done in stages.items()}
+
+
+def _skipped(stages: dict[str, dict]) -> dict[str, str]:
+    return {name: done["skipped"] for name, done in stages.items() if "skipped" in done}
 
 
 def _fuse_and_report(held: Run, quiet: bool) -> Report | None:
@@ -158,8 +183,7 @@ def evaluate(held: Run, recommender: Recommender, rows: dict, results: dict, fus
     ranked[TOWER] = rank(lambda users: model.part_scores(histories.take(users), TOWER))
     ranked["fusion"] = rank(lambda users: model.scores(histories.take(users)))
     stages = {name: held.done(name) or {} for name in ("pretrain", "graph")}
-    timing = {name: float(done.get("wall_seconds", 0.0)) for name, done in stages.items()} | {"fuse": fuse_seconds}
-    skipped = {name: done["skipped"] for name, done in stages.items() if "skipped" in done} | results["skipped"]
+    timing, skipped = _seconds(stages) | {"fuse": fuse_seconds}, _skipped(stages) | results["skipped"]
     user = int(np.flatnonzero(test.getnnz(axis=1))[0])
     example = recommender.example(user)
     return make_report(ranked, name=data.name, split=split.kind, fit_on=split.fit_on, history=split.fit_on,

@@ -20,7 +20,7 @@ from kgrec_jax.models import bert
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.sharding import MeshConfig, make_mesh
 from kgrec_jax.stages import graph as stage
-from kgrec_jax.stages import pretrain
+from kgrec_jax.stages import graph_structure, graph_text, pretrain
 from kgrec_jax.tracking import Tracker
 
 SMALL = stage.Config(dim=16, steps=60, batch=64, tails=4, test_share=0.1, text_steps=12, text_batch=16, text_length=16,
@@ -101,7 +101,7 @@ def test_leaves_tables_bridge_and_merged_encoder(world, encoder_folder, finished
     assert same["embeddings"]["word_embeddings"]["embedding"] and same["cls"]["predictions"]["bias"]
     assert results["text"]["mlm"] == "yes" and np.isfinite(results["text"]["mlm_loss"])
     assert results["triples"]["test"] > 0 and results["split"] == "held out by pairs"
-    assert {"mrr", "hits@10", "queries"} <= results["link_prediction"].keys()
+    assert {"mrr", "hits@10", "queries"} <= results["link_prediction"]["test"].keys()
 
 
 def test_learns_what_can_be_known(world, tmp_path, encoder_folder):
@@ -112,9 +112,9 @@ def test_learns_what_can_be_known(world, tmp_path, encoder_folder):
     model = stage.make_model(cfg, graph, 8)
     # The test triples are few: chance is the mean of several fresh tables.
     chance = np.mean([stage.evaluate(model, model.init(jax.random.key(k)), data, 2)["tail/mrr"] for k in range(5)])
-    assert results["link_prediction"]["tail/mrr"] > 3 * chance
+    assert results["link_prediction"]["test"]["tail/mrr"] > 3 * chance
     # Genres and directors of the toy world are drawn at random: that an answer is one of its kind is all there is to know.
-    assert results["link_prediction"]["tail/mrr"] > 0.15
+    assert results["link_prediction"]["test"]["tail/mrr"] > 0.15
     assert results["structure"]["link_loss"] < 0.6 * np.log(graph.num_entities)
     assert "off" in results["text"]["skipped"] and not (tmp_path / "graph" / "encoder").exists()
 
@@ -126,7 +126,7 @@ def test_words_alone_find_what_the_texts_say(world, tmp_path, encoder_folder):
                               encoder_optim=OptimConfig(peak_lr=3e-3), bridge_optim=OptimConfig(peak_lr=5e-3))
     results, _ = train(tmp_path, world, encoder_folder, cfg)
     words = results["text"]["link_prediction_words_alone"]["tail/mrr"]
-    assert words > 1.3 * results["link_prediction"]["tail/mrr"]
+    assert words > 1.3 * results["link_prediction"]["test"]["tail/mrr"]
 
 
 @pytest.mark.parametrize("broken_at", ["structure", "text"])
@@ -185,7 +185,7 @@ def test_a_given_split_is_kept(world, tmp_path, encoder_folder):
     part[5] = 1
     given = dataclasses.replace(world, graph=dataclasses.replace(world.graph, part=part))
     results, _ = train(tmp_path, given, encoder_folder, dataclasses.replace(SMALL, steps=10, encoder_mode="off"))
-    assert results["split"] == "given" and results["link_prediction"]["queries"] == 6
+    assert results["split"] == "given" and results["link_prediction"]["test"]["queries"] == 6
     assert results["triples"] == {"train": len(part) - 4, "valid": 1, "test": 3}
 
 
@@ -193,7 +193,7 @@ def test_a_language_that_the_tokenizer_does_not_know_leaves_the_structure(tmp_pa
     results, run = train(tmp_path, toy_world(num_users=30, num_items=60, language="zh"), encoder_folder,
                          dataclasses.replace(SMALL, steps=10))
     assert "[UNK]" in results["text"]["skipped"] and any("structure alone" in line for line in run.lines)
-    assert results["link_prediction"]["queries"] > 0 and not json.loads((tmp_path / "graph" / "tables.json").read_text())["has_bridge"]
+    assert results["link_prediction"]["test"]["queries"] > 0 and not json.loads((tmp_path / "graph" / "tables.json").read_text())["has_bridge"]
 
 
 def test_no_graph_and_a_bad_width(world, tmp_path, encoder_folder):
@@ -206,7 +206,7 @@ def test_no_graph_and_a_bad_width(world, tmp_path, encoder_folder):
 
 def test_steps_follow_from_the_size_of_the_data():
     small = stage.make_plan(stage.Config(), num_rows=500, num_entities=200)
-    assert small.steps == stage.MIN_STEPS and small.candidates == 0
+    assert small.steps == graph_structure.MIN_STEPS and small.candidates == 0
     large = stage.make_plan(stage.Config(), num_rows=2_000_000, num_entities=500_000)
     assert large.candidates == 2048 and large.steps < 30 * 2_000_000 // 512 and large.seconds < 60
     assert stage.make_plan(stage.Config(steps=7), 500, 200).steps == 7
@@ -241,7 +241,7 @@ def test_sampled_rivals_learn_too(world, tmp_path, encoder_folder):
     results, _ = train(tmp_path, world, encoder_folder, cfg)
     assert results["structure"]["rivals"] == 16
     full, _ = train(tmp_path / "full", world, encoder_folder, dataclasses.replace(cfg, rivals="all"))
-    assert results["link_prediction"]["mrr"] > 0.7 * full["link_prediction"]["mrr"]
+    assert results["link_prediction"]["test"]["mrr"] > 0.7 * full["link_prediction"]["test"]["mrr"]
 
 
 def test_a_held_out_pair_is_in_no_query(world):
@@ -262,8 +262,8 @@ def test_a_graph_too_small_to_hold_out_is_trained_whole(world, tmp_path, encoder
 def test_an_entity_without_a_name_is_never_text(world):
     names = ("", *world.graph.entity_names[1:])
     graph = dataclasses.replace(world.graph, entity_names=names)
-    assert stage.entity_words(graph, False)[0] == "" and stage.entity_words(graph, True)[0] == ""
-    assert stage.entity_words(graph, True)[1].startswith(f"{names[1]}: ")
+    assert graph_text.entity_words(graph, False)[0] == "" and graph_text.entity_words(graph, True)[0] == ""
+    assert graph_text.entity_words(graph, True)[1].startswith(f"{names[1]}: ")
 
 
 @pytest.mark.parametrize("field, value", [("batch", 0), ("test_share", 0.9), ("text_length", 4), ("n3", -1.0)])
@@ -276,4 +276,4 @@ def test_complex_reaches_the_measured_level_on_umls(shared, tmp_path):
     cfg = stage.Config(dim=256, batch=256, encoder_mode="off", checkpoint_every=0)
     one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     results, _ = train(tmp_path, read_folder(shared / "data" / "umls"), "none", cfg, one)
-    assert results["split"] == "given" and results["link_prediction"]["mrr"] > 0.93
+    assert results["split"] == "given" and results["link_prediction"]["test"]["mrr"] > 0.93

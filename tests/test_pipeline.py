@@ -109,3 +109,18 @@ def test_without_a_test_part_there_is_a_recommender_and_no_report(finished, tmp_
     with pytest.raises(KgrecError, match="seed: found -1"):
         pipeline.run(dataclasses.replace(experiment, seed=-1), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_ends_with_the_graph_reports_its_links(finished, tmp_path, capsys):
+    experiment, folder, report = finished
+    alone = pipeline.run(experiment, tmp_path / "run", until="graph")
+    shown = capsys.readouterr().out
+    held = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {"mrr", "hits@1", "hits@3", "hits@10"} <= held["link_prediction"]["test"].keys()
+    assert held["link_prediction"] == report.link_prediction and held["models"] == {}
+    assert f"link prediction, structure: MRR {held['link_prediction']['test']['mrr']:.4f}" in shown
+    assert "## Link prediction" in (tmp_path / "run" / "report.md").read_text()
+    assert pipeline.run(experiment, tmp_path / "run", quiet=True, until="graph") == alone  # nothing is trained again
+    before = (folder / "report.json").read_bytes()
+    pipeline.run(experiment, folder, quiet=True, until="graph")
+    assert (folder / "report.json").read_bytes() == before  # a finished run keeps its report

@@ -31,11 +31,19 @@ def results():
     }
 
 
+def _links(mrr):
+    return {"test": {"mrr": mrr, "hits@1": 0.2, "hits@3": 0.3, "hits@10": 0.5, "queries": 1234.0},
+            "valid": {"mrr": 0.9}}
+
+
+LINKS = _links(0.25) | {"structure": _links(0.2), "text": _links(0.125)}
+
+
 @pytest.fixture
 def report(results):
     return make_report(
         results, name="电影 | films", split="random", fit_on="train+valid", history="train+valid", seed=0,
-        reference="fusion", link_prediction={"mrr": 0.25, "both": {"hits@10": 0.5}}, timing={"graph": 12.34},
+        reference="fusion", link_prediction=LINKS, timing={"graph": 12.34},
         skipped={"ease": "the Gram matrix needs 160 GB"}, notes=("3 entities without a name",),
         example={
             "user": "196", "history": ["Alien"],
@@ -73,7 +81,9 @@ def test_markdown_says_it_in_tables(report, tmp_path):
     assert "| 1 | A \\| B C [红] | 1.500 | Same director as Alien |" in text
     assert "Fitted on: train+valid. History: train+valid." in text
     assert "![models](plots/models.png)" in text and "- ease: the Gram matrix needs 160 GB" in text
-    assert "| both hits@10 | 0.5000 |" in text and "| graph | 12.3 |" in text
+    for name, mrr in (("all", "0.2500"), ("structure", "0.2000"), ("text", "0.1250")):
+        assert f"| {name} | {mrr} | 0.2000 | 0.3000 | 0.5000 | 1,234 |" in text
+    assert "| graph | 12.3 |" in text
     assert f"[{report.models['fusion']['ci95']['ndcg@10'][0]:.4f}, " in text
     lines = text.splitlines()
     for n, line in enumerate(lines):

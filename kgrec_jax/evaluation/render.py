@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 NDCG, RECALL = "ndcg@10", "recall@20"
 HEADLINE = (NDCG, RECALL)
-_TITLES = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "map": "MAP", "hit": "Hit", "precision": "Precision"}
+LINK_METRICS = ("mrr", "hits@1", "hits@3", "hits@10")
+_TITLES = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "map": "MAP", "hit": "Hit", "hits": "Hits", "precision": "Precision"}
 
 
 def metric_title(metric: str) -> str:
@@ -61,26 +62,10 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
 def _lines(report: Report, plots: Sequence[str]) -> Iterator[str]:
     yield f"# {_cell(report.name)}"
     yield ""
-    yield (
-        f"Every model ranks the {report.candidates:,} candidates, without those that the user knows already, for "
-        f"{report.users:,} users. Split: {report.split}. Fitted on: {report.fit_on}. History: {report.history}. "
-        "Items with equal scores count with the mean over their orders; "
-        "brackets hold 95 % bootstrap intervals over users."
-    )
-    yield ""
-    metrics = [m for m in HEADLINE if any(m in e for e in report.models.values())]
-    yield from _rows(
-        ["model", *map(metric_title, metrics), *(f"{report.reference} ahead by ({metric_title(m)})" for m in metrics)],
-        [[name, *(_interval(e, m) for m in metrics), *(_difference(report, name, m) for m in metrics)]
-         for name, e in report.models.items()],
-    )
-    yield from _sides(report, metrics)
-    yield from _all_metrics(report)
-    yield from _buckets(report)
+    if report.models:
+        yield from _recommendation(report)
     if report.link_prediction:
-        yield "## Link prediction (filtered)"
-        yield ""
-        yield from _rows(["figure", "value"], [[k, _plain(v)] for k, v in _flat(report.link_prediction)])
+        yield from _link_prediction(report)
     yield from _example(report.example)
     for plot in plots:
         yield f"![{Path(plot).stem}]({plot})"
@@ -98,6 +83,47 @@ def _lines(report: Report, plots: Sequence[str]) -> Iterator[str]:
             yield ""
             yield from (f"- {line}" for line in lines)
             yield ""
+
+
+def _recommendation(report: Report) -> Iterator[str]:
+    yield (
+        f"Every model ranks the {report.candidates:,} candidates, without those that the user knows already, for "
+        f"{report.users:,} users. Split: {report.split}. Fitted on: {report.fit_on}. History: {report.history}. "
+        "Items with equal scores count with the mean over their orders; "
+        "brackets hold 95 % bootstrap intervals over users."
+    )
+    yield ""
+    metrics = [m for m in HEADLINE if any(m in e for e in report.models.values())]
+    yield from _rows(
+        ["model", *map(metric_title, metrics), *(f"{report.reference} ahead by ({metric_title(m)})" for m in metrics)],
+        [[name, *(_interval(e, m) for m in metrics), *(_difference(report, name, m) for m in metrics)]
+         for name, e in report.models.items()],
+    )
+    yield from _sides(report, metrics)
+    yield from _all_metrics(report)
+    yield from _buckets(report)
+
+
+def link_rows(link_prediction: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    """(scorer, its test metrics): first the score that decides, then structure and text apart where both are."""
+    rows = [("all" if "structure" in link_prediction else "structure", link_prediction.get("test", {}))]
+    rows += [(name, part["test"]) for name, part in link_prediction.items()
+             if name not in ("test", "valid") and isinstance(part, Mapping) and "test" in part]
+    return [(name, entry) for name, entry in rows if entry]
+
+
+def _link_prediction(report: Report) -> Iterator[str]:
+    yield "## Link prediction (filtered, both directions, test)"
+    yield ""
+    rows = link_rows(report.link_prediction)
+    if not rows:
+        yield _cell(report.link_prediction.get("skipped", ""))
+        yield ""
+        return
+    names = [name for name in LINK_METRICS if all(name in entry for _, entry in rows)]
+    yield from _rows(["score", *map(metric_title, names), "queries"],
+                     [[name, *(f"{entry[m]:.4f}" for m in names), f"{entry.get('queries', 0):,.0f}"]
+                      for name, entry in rows])
 
 
 def _sides(report: Report, metrics: list[str]) -> Iterator[str]:
@@ -153,16 +179,13 @@ def _example(example: Mapping[str, Any]) -> Iterator[str]:
     yield from _rows(["", "title", "score", "why"], rows)
 
 
-def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key} ")
-        else:
-            yield prefix + key, value
-
-
-def _plain(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _links_in_words(report: Report) -> Iterator[str]:
+    for name, entry in link_rows(report.link_prediction):
+        yield f"link prediction, {name}: " + ", ".join(f"{metric_title(m)} {entry[m]:.4f}" for m in LINK_METRICS)
+    if "skipped" in report.link_prediction:
+        yield f"link prediction: skipped, {report.link_prediction['skipped']}"
+    for name, reason in report.skipped.items():
+        yield f"{name}: skipped, {reason}"
 
 
 def print_report(report: Report, console: Any = None) -> None:
@@ -173,6 +196,10 @@ def print_report(report: Report, console: Any = None) -> None:
     from rich.text import Text
 
     console = console or Console()
+    if not report.models:
+        for line in _links_in_words(report):
+            console.print(Text(line))
+        return
     sides = ("", "warm", "cold") if any("cold" in e for e in report.models.values()) else ("",)
     metrics = [m for m in HEADLINE if any(m in e for e in report.models.values())]
     title = Text(f"{report.name}: {report.users:,} users, {report.candidates:,} candidates")

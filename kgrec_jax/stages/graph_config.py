@@ -1,0 +1,57 @@
+"""What the graph stage trains, and the bounds of its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from kgrec_jax.optim import OptimConfig
+from kgrec_jax.stages.bounds import check_bounds, check_optimizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the graph stage trains and for how long; 0 steps: from the size of the data."""
+
+    scorer: Literal["complex", "distmult", "transe", "rotate"] = "complex"  # structural score of a triple
+    dim: int = 128  # width D of entity and relation vectors
+    steps: int = 0  # structure steps; 0: up to `epochs`, within about half a minute on two cores
+    epochs: int = 30  # passes over the distinct queries where `steps` is 0 and time allows
+    batch: int = 512  # queries of a structure step
+    tails: int = 16  # answers of one row; a query with more takes several rows
+    rivals: Literal["auto", "all", "sampled"] = "auto"  # of an answer; auto: all of up to 8192 entities
+    candidates: int = 2048  # entities drawn a step where rivals are sampled
+    n3: float = 0.02  # weight of the nuclear 3-norm of the rows in use
+    optim: OptimConfig = OptimConfig(name="adagrad", peak_lr=0.1, schedule="constant", warmup_share=0.0, clip_norm=0.0)
+    valid_share: float = 0.03  # of the triples, held out by pairs where the folder gives no split
+    test_share: float = 0.03  # of the triples, held out by pairs where the folder gives no split
+    heldout_limit: int = 2000  # triples of each held-out part at most
+    encoder_mode: Literal["off", "frozen", "lora", "full"] = "lora"  # what of the encoder the text training changes
+    text_steps: int = 0  # text steps; 0: two passes over the queries, at most 200
+    text_batch: int = 32  # queries of a text step
+    text_length: int = 32  # tokens of a triple at most; shorter where the names are
+    entity_words: Literal["name", "name-and-text"] = "name"  # what of an entity is read
+    withhold: float = 0.25  # share of named heads whose vectors are left out, so that words alone can answer
+    lora_rank: int = 8  # rank of the adapters of encoder_mode=lora
+    lora_alpha: float = 16.0  # the adapters' product counts alpha / rank
+    mlm_weight: float = 0.1  # λ of L_MLM; needs an encoder with a masked-LM head
+    mask_share: float = 0.15  # of a triple's words
+    table_optim: OptimConfig = OptimConfig(name="sgd", peak_lr=0.05, schedule="linear")  # V, U in text steps
+    bridge_optim: OptimConfig = OptimConfig(peak_lr=5e-3)  # projections between tables and encoder
+    encoder_optim: OptimConfig = OptimConfig(peak_lr=3e-4)  # adapters, or the whole encoder
+    text_eval: int = 250  # test triples that are ranked through the encoder; 0: all, and its score joins the mixture
+    mixture_triples: int = 1000  # validation triples that choose the weights of structure and text
+    log_every: int = 20  # steps between two rows of metrics.jsonl
+    checkpoint_every: int = 200  # steps between two checkpoints
+
+
+def check(cfg: Config) -> None:
+    """KgrecError naming the first field that no training can do anything with."""
+    many = 1 << 30
+    bounds = {"dim": (2, many), "steps": (0, many), "epochs": (1, many), "batch": (1, many), "tails": (1, many),
+              "candidates": (1, many), "n3": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
+              "heldout_limit": (0, many), "text_steps": (0, many), "text_batch": (1, many), "text_length": (8, many),
+              "withhold": (0.0, 1.0), "lora_rank": (1, many), "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9),
+              "text_eval": (0, many), "mixture_triples": (0, many)}
+    check_bounds("graph", cfg, bounds)
+    check_optimizers("graph", cfg, ("optim", "table_optim", "bridge_optim", "encoder_optim"))
