@@ -17,6 +17,7 @@ from kgrec_jax.data.text import train_wordpiece
 from kgrec_jax.data.toy import toy_world
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models import bert
+from kgrec_jax.models.graph_embedding import load_graph_embedding
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.sharding import MeshConfig, make_mesh
 from kgrec_jax.stages import graph as stage
@@ -212,13 +213,23 @@ def test_steps_follow_from_the_size_of_the_data():
     assert stage.make_plan(stage.Config(steps=7), 500, 200).steps == 7
 
 
-@pytest.mark.parametrize("scorer", ["distmult", "transe", "rotate"])
-def test_every_scorer_lowers_its_loss(world, tmp_path, encoder_folder, scorer):
-    cfg = dataclasses.replace(SMALL, scorer=scorer, steps=40, encoder_mode="off", checkpoint_every=0)
-    train(tmp_path, world, encoder_folder, cfg)
+@pytest.mark.parametrize("changes", [
+    {"scorer": "distmult", "dura": 0.01}, {"scorer": "simple", "relation_weight": 0.5}, {"scorer": "transe"},
+    {"scorer": "rotate"}, {"scorer": "tucker", "n3": 0.0}, {"scorer": "conve", "dim": 32, "n3": 0.0},
+    {"scorer": "rotate-l1", "loss": "margin", "rivals": "per-query", "candidates": 4, "n3": 0.0},
+    {"scorer": "complex", "loss": "margin", "rivals": "sampled", "candidates": 32},
+], ids=lambda changes: "-".join(str(value) for value in changes.values()))
+def test_every_scorer_lowers_its_loss_and_is_read_again(world, tmp_path, encoder_folder, changes):
+    cfg = dataclasses.replace(SMALL, **{"steps": 60, "encoder_mode": "off", "checkpoint_every": 0} | changes)
+    results, _ = train(tmp_path, world, encoder_folder, cfg)
     rows = [json.loads(line) for line in (tmp_path / "graph" / "structure" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["link_loss"] for row in rows if "link_loss" in row]
     assert losses[-1] < 0.9 * losses[0]
+    told = json.loads((tmp_path / "graph" / "tables.json").read_text())
+    model, tables = load_graph_embedding(told, checkpoint.load_tree(tmp_path / "graph" / "tables"))
+    data = stage.link_data(cfg, stage.training_graph(world.graph)[0], 3)
+    test = stage.evaluate(model, tables, data, 2)
+    assert test["mrr"] == pytest.approx(results["link_prediction"]["test"]["mrr"], abs=1e-6)
 
 
 def test_one_device_gives_what_eight_give(world, tmp_path, encoder_folder):
@@ -277,3 +288,30 @@ def test_complex_reaches_the_measured_level_on_umls(shared, tmp_path):
     one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     results, _ = train(tmp_path, read_folder(shared / "data" / "umls"), "none", cfg, one)
     assert results["split"] == "given" and results["link_prediction"]["test"]["mrr"] > 0.93
+
+
+def test_an_inductive_split_hides_entities_whatever_the_folder_says(world, tmp_path, encoder_folder):
+    part = np.zeros(len(world.graph.triples), np.int8)
+    part[::7] = 2
+    given = dataclasses.replace(world, graph=dataclasses.replace(world.graph, part=part))
+    cfg = dataclasses.replace(SMALL, steps=5, encoder_mode="off", unseen_share=0.2)
+    results, _ = train(tmp_path, given, encoder_folder, cfg)
+    assert results["split"] == "unseen entities" and results["link_prediction"]["test"]["queries"] > 0
+    data = stage.link_data(cfg, stage.training_graph(given.graph)[0], 3)
+    assert not (data.seen[data.triples(2)[:, 0]] & data.seen[data.triples(2)[:, 2]]).any()
+    assert data.seen.sum() <= data.graph.num_entities - round(0.2 * data.graph.num_entities)  # and those whose only neighbours are hidden
+    with pytest.raises(KgrecError, match="graph: found no triple to train on among 1 "):
+        few = dataclasses.replace(world.graph, triples=world.graph.triples[:1], part=np.zeros(1, np.int8))
+        stage.link_data(dataclasses.replace(cfg, unseen_share=0.9), few, 3)
+
+
+@pytest.mark.parametrize(("found", "message"), [
+    ({"loss": "margin"}, "graph.rivals: found 'auto' with graph.loss=margin"),
+    ({"rivals": "per-query"}, "graph.rivals: found 'per-query' with graph.loss=softmax"),
+    ({"scorer": "rotate-l1"}, "graph.loss: found 'softmax' with graph.scorer=rotate-l1"),
+    ({"scorer": "conve", "dim": 32, "dura": 0.1}, "graph.dura: found 0.1 with graph.scorer=conve"),
+    ({"scorer": "rotate", "relation_weight": 1.0}, "graph.relation_weight: found 1.0 with graph.scorer=rotate"),
+])
+def test_what_cannot_go_together_is_named(found, message):
+    with pytest.raises(KgrecError, match=message):
+        stage.check(dataclasses.replace(SMALL, **found))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kgrec_jax.data.link_batches import (LinkBatch, LinkSource, TextLinkSource, TripleWords, encode_queries, hold_out,
-                                         merge_queries)
+from kgrec_jax.data.link_batches import (LinkBatch, LinkSource, TextLinkSource, TripleWords, encode_queries,
+                                         hide_entities, hold_out, merge_queries)
 
 N, R = 40, 3
 
@@ -60,6 +60,20 @@ def test_an_epoch_shows_every_row_once_and_batches_depend_on_seed_and_step_alone
     np.testing.assert_array_equal(last.tails, again.tails)
     np.testing.assert_array_equal(last.candidates, again.candidates)
     assert (source[0].head != source[steps].head).any()
+
+
+def test_rivals_of_each_row_are_drawn_over_all_entities_and_by_seed_and_step_alone(triples):
+    rows = merge_queries(triples, R, 1)
+    make = lambda seed: LinkSource(rows, batch=64, steps=100, seed=seed, num_entities=N, candidates=5,  # noqa: E731
+                                   shared=False)
+    source = make(5)
+    drawn = np.stack([source[step].candidates for step in range(20)])  # [20, B, 5]
+    assert drawn.shape == (20, 64, 5) and drawn.dtype == np.int32
+    counts = np.bincount(drawn.ravel(), minlength=N)
+    assert len(counts) == N and abs(counts / counts.sum() - 1 / N).max() < 0.2 / N
+    assert (drawn[0] != drawn[1]).any() and (drawn[0, 0] != drawn[0, 1]).any()
+    np.testing.assert_array_equal(make(5)[7].candidates, drawn[7])
+    assert (make(6)[7].candidates != drawn[7]).any()
 
 
 WORDS = TripleWords([[11, 12], [], [13, 14, 15, 16, 17, 18, 19]], [[30], [31, 32]], cls=1, sep=2, mask=3, pad=0,
@@ -119,3 +133,17 @@ def test_fitting_length_is_the_shortest_that_holds_the_sentences():
     assert WORDS.fitting_length(rows, 64) == 8
     rows = merge_queries(np.array([[2, 1, 0]]), 2, 1)
     assert WORDS.fitting_length(rows, 64) == 16 and WORDS.fitting_length(rows, 10) == 10
+
+
+def test_hidden_entities_are_in_no_training_triple():
+    rng = np.random.default_rng(0)
+    triples = np.stack([rng.integers(50, size=400), rng.integers(3, size=400), rng.integers(50, size=400)], 1)
+    part = hide_entities(triples, 50, 0.2, seed=4)
+    ends = [set(triples[part == k][:, [0, 2]].ravel().tolist()) for k in range(3)]
+    hidden = (ends[1] | ends[2]) - ends[0]
+    assert len(hidden) == 10
+    for (h, _, t), p in zip(triples.tolist(), part.tolist(), strict=True):
+        assert (p > 0) == bool({h, t} & hidden)
+    np.testing.assert_array_equal(part, hide_entities(triples, 50, 0.2, seed=4))
+    assert (part != hide_entities(triples, 50, 0.2, seed=5)).any()
+    assert not hide_entities(triples, 50, 0.0, seed=4).any()

@@ -22,7 +22,7 @@ class LinkBatch:
     relation: np.ndarray  # [B] int32, below 2R
     tails: np.ndarray  # [B, T] int32
     weight: np.ndarray  # [B, T] float32
-    candidates: np.ndarray  # [C] int32 sampled rivals; [0] where all entities are rivals
+    candidates: np.ndarray  # [C] int32 sampled rivals, or [B, k] of each row; [0] where all entities are rivals
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +74,21 @@ def hold_out(triples: np.ndarray, valid_share: float, test_share: float, *, seed
     return part_of_pair[pair_of.reshape(-1)]
 
 
+def hide_entities(triples: np.ndarray, num_entities: int, share: float, *, seed: int,
+                  valid_share: float = 0.25) -> np.ndarray:
+    """The part of each triple, [T] int8, of an inductive split: `share` of the entities are in no training triple.
+
+    A quarter of the hidden entities (`valid_share`) are of the validation part, where no test entity occurs; a triple
+    with a hidden entity of the test part is of the test part.
+    """
+    order = np.random.default_rng([seed, 37]).permutation(num_entities)
+    hidden = order[:round(share * num_entities)]
+    part_of = np.zeros(num_entities, np.int8)
+    part_of[hidden] = 2
+    part_of[hidden[:round(valid_share * len(hidden))]] = 1
+    return np.maximum(part_of[triples[:, 0]], part_of[triples[:, 2]])
+
+
 @dataclasses.dataclass(frozen=True)
 class LinkRows:
     """The distinct (head, relation) queries of a graph and its inverse, each with all of its tails.
@@ -116,11 +131,15 @@ def merge_queries(triples: np.ndarray, num_relations: int, width: int) -> LinkRo
 
 
 class LinkSource:
-    """Batches of `steps` steps: every epoch is one seeded order of all rows, its last batch padded with weight 0."""
+    """Batches of `steps` steps: every epoch is one seeded order of all rows, its last batch padded with weight 0.
 
-    def __init__(self, rows: LinkRows, *, batch: int, steps: int, seed: int, num_entities: int, candidates: int = 0):
+    `candidates` entities are drawn uniformly each step, for the whole batch or, unless `shared`, for every row.
+    """
+
+    def __init__(self, rows: LinkRows, *, batch: int, steps: int, seed: int, num_entities: int, candidates: int = 0,
+                 shared: bool = True):
         self.rows, self.batch, self.steps, self.seed = rows, batch, steps, seed
-        self.num_entities, self.candidates = num_entities, candidates
+        self.num_entities, self.candidates, self.shared = num_entities, candidates, shared
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
 
     def __len__(self) -> int:
@@ -129,7 +148,8 @@ class LinkSource:
     def __getitem__(self, step: int) -> LinkBatch:
         index, padding = self.index(step)
         rng = np.random.default_rng([self.seed, 23, step])
-        rivals = rng.integers(0, self.num_entities, self.candidates).astype(np.int32)
+        shape = self.candidates if self.shared else (self.batch, self.candidates)
+        rivals = rng.integers(0, self.num_entities, shape).astype(np.int32)
         return self.rows.take(index, padding, rivals)
 
     def index(self, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from kgrec_jax.data.link_batches import TextLinkBatch
 from kgrec_jax.models import bert, graph_embedding, peft
 from kgrec_jax.models.graph_embedding import GRAPH_RULES, GraphEmbedding
 
-TRIPLE_ENCODER_RULES = GRAPH_RULES[:1] + bert.BERT_RULES
+TRIPLE_ENCODER_RULES = GRAPH_RULES[:-1] + bert.BERT_RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TripleEncoder:
         """Scores of every entity as the hidden one, [B, rows]; columns from N on mean nothing."""
         entity = params["tables"]["entity"]["embedding"]
         scores = self.queries(params, self.hidden(params, encoder, batch), batch) @ entity.T
-        bias = self.graph.scorer.row_bias(entity)
+        bias = self.graph.row_bias(params["tables"])
         return scores if bias is None else scores + bias[None, :]
 
     def link_losses(self, params: dict, hidden: jax.Array, batch: TextLinkBatch) -> jax.Array:

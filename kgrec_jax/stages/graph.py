@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from kgrec_jax import checkpoint
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.link_batches import some_triples
 from kgrec_jax.evaluation.link_prediction import ScoreBlock, evaluate_link_prediction
 from kgrec_jax.evaluation.mixture import choose_mixture
+from kgrec_jax.models.graph_embedding import GraphEmbedding
 from kgrec_jax.stages.graph_config import Config, check
 from kgrec_jax.stages.graph_data import LinkData, link_data, training_graph
 from kgrec_jax.stages.graph_structure import evaluate, make_model, make_plan, structure_scorer, train_structure
@@ -52,7 +52,7 @@ def run(experiment: Any, run: Any) -> dict:
     if text.scorer is not None and not cfg.text_eval:
         scorers["text"] = text.scorer
     results["mixture"], results["link_prediction"] = _judge(cfg, data, scorers, experiment.seed, run.tracker.say)
-    _save_tables(folder, cfg, graph, text.tables, text.bridge)
+    _save_tables(folder, model, graph, text.tables, text.bridge)
     return results
 
 
@@ -77,11 +77,8 @@ def _judge(cfg: Config, data: LinkData, scorers: dict[str, ScoreBlock], seed: in
     return mixture.weights, (alone[only] if only else both(mixture.score_block(scorers, entities))) | alone
 
 
-def _save_tables(folder: pathlib.Path, cfg: Config, graph: Graph, tables: dict, bridge: dict) -> None:
-    tables = jax.device_get(tables)
-    entity = np.asarray(tables["entity"]["embedding"])[:graph.num_entities]  # padding stays behind
-    relation = np.asarray(tables["relation"]["embedding"])
-    checkpoint.save_tree(folder / "tables", {"entity": entity, "relation": relation, "bridge": jax.device_get(bridge)})
-    write_json(folder / "tables.json", {
-        "scorer": cfg.scorer, "dim": cfg.dim, "entities": graph.num_entities, "has_bridge": bool(bridge),
-        "relation_ids": graph.relation_ids, "relation_names": graph.relation_names})
+def _save_tables(folder: pathlib.Path, model: GraphEmbedding, graph: Graph, tables: dict, bridge: dict) -> None:
+    held = jax.device_get({**model.to_saved(tables), "bridge": bridge})
+    checkpoint.save_tree(folder / "tables", held)
+    write_json(folder / "tables.json", {**model.describe(), "has_bridge": bool(bridge),
+                                        "relation_ids": graph.relation_ids, "relation_names": graph.relation_names})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from kgrec_jax.errors import KgrecError
+from kgrec_jax.models.scorers import ScorerOptions, get_scorer
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 
@@ -13,19 +15,27 @@ from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 class Config:
     """What the graph stage trains and for how long; 0 steps: from the size of the data."""
 
-    scorer: Literal["complex", "distmult", "transe", "rotate"] = "complex"  # structural score of a triple
-    dim: int = 128  # width D of entity and relation vectors
+    scorer: Literal["complex", "distmult", "simple", "transe", "transe-l1", "rotate", "rotate-l1", "tucker",
+                    "conve"] = "complex"  # structural score of a triple
+    options: ScorerOptions = ScorerOptions()  # dropout, and what a scorer with weights of its own is made of
+    dim: int = 128  # width D of entity and relation vectors; complex numbers take two each
     steps: int = 0  # structure steps; 0: up to `epochs`, within about half a minute on two cores
     epochs: int = 30  # passes over the distinct queries where `steps` is 0 and time allows
     batch: int = 512  # queries of a structure step
     tails: int = 16  # answers of one row; a query with more takes several rows
-    rivals: Literal["auto", "all", "sampled"] = "auto"  # of an answer; auto: all of up to 8192 entities
-    candidates: int = 2048  # entities drawn a step where rivals are sampled
+    rivals: Literal["auto", "all", "sampled", "per-query"] = "auto"  # of an answer; auto: all of up to 8192 entities
+    candidates: int = 2048  # entities drawn where rivals are sampled, for a step or for each of its queries
+    loss: Literal["softmax", "margin"] = "softmax"  # margin: self-adversarial, against sampled rivals
+    margin: float = 6.0  # γ of the margin loss; the scores of l1 scorers are distances below it
+    adversarial: float = 1.0  # temperature α of the margin loss: how much more the harder rivals count; 0: all the same
     n3: float = 0.02  # weight of the nuclear 3-norm of the rows in use
+    dura: float = 0.0  # weight of the duality-induced norm of the rows in use; complex, distmult, simple
+    relation_weight: float = 0.0  # of predicting the relation of two entities; complex, distmult, simple
     optim: OptimConfig = OptimConfig(name="adagrad", peak_lr=0.1, schedule="constant", warmup_share=0.0, clip_norm=0.0)
     valid_share: float = 0.03  # of the triples, held out by pairs where the folder gives no split
     test_share: float = 0.03  # of the triples, held out by pairs where the folder gives no split
     heldout_limit: int = 2000  # triples of each held-out part at most
+    unseen_share: float = 0.0  # of the entities, hidden from training with all their triples (an inductive split)
     encoder_mode: Literal["off", "frozen", "lora", "full"] = "lora"  # what of the encoder the text training changes
     text_steps: int = 0  # text steps; 0: two passes over the queries, at most 200
     text_batch: int = 32  # queries of a text step
@@ -49,9 +59,28 @@ def check(cfg: Config) -> None:
     """KgrecError naming the first field that no training can do anything with."""
     many = 1 << 30
     bounds = {"dim": (2, many), "steps": (0, many), "epochs": (1, many), "batch": (1, many), "tails": (1, many),
-              "candidates": (1, many), "n3": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
+              "candidates": (1, many), "n3": (0.0, 1e3), "dura": (0.0, 1e3),
+              "relation_weight": (0.0, 1e3), "margin": (0.0, 1e3), "adversarial": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
+              "unseen_share": (0.0, 0.9),
               "heldout_limit": (0, many), "text_steps": (0, many), "text_batch": (1, many), "text_length": (8, many),
               "withhold": (0.0, 1.0), "lora_rank": (1, many), "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9),
               "text_eval": (0, many), "mixture_triples": (0, many)}
     check_bounds("graph", cfg, bounds)
+    rates = dict.fromkeys(("input_dropout", "hidden_dropout", "query_dropout"), (0.0, 0.95))
+    check_bounds("graph.options", cfg.options, rates | {"core_rank": (0, many), "channels": (1, many),
+                                                        "kernel": (1, 15)})
+    scorer = get_scorer(cfg.scorer, cfg.dim, cfg.options)
+    sampled = cfg.rivals in ("sampled", "per-query")
+    if cfg.loss == "margin" and not sampled:
+        raise KgrecError(f"graph.rivals: found {cfg.rivals!r} with graph.loss=margin, expected sampled or per-query")
+    if cfg.loss == "softmax" and cfg.rivals == "per-query":
+        raise KgrecError("graph.rivals: found 'per-query' with graph.loss=softmax, whose rivals all queries of a step "
+                         "share, expected sampled; or graph.loss=margin")
+    if scorer.l1 and cfg.loss != "margin":
+        raise KgrecError(f"graph.loss: found {cfg.loss!r} with graph.scorer={cfg.scorer}, expected margin (with "
+                         f"graph.rivals=sampled); or the scorer {cfg.scorer.removesuffix('-l1')}")
+    for field in ("dura", "relation_weight"):
+        if getattr(cfg, field) and scorer.relation_transform is None:
+            raise KgrecError(f"graph.{field}: found {getattr(cfg, field)} with graph.scorer={cfg.scorer}, expected 0, "
+                             "or one of the scorers complex, distmult, simple")
     check_optimizers("graph", cfg, ("optim", "table_optim", "bridge_optim", "encoder_optim"))

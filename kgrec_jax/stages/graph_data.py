@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import numpy as np
 
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.graph import merge_inverse_relations
-from kgrec_jax.data.link_batches import LinkRows, hold_out, merge_queries
+from kgrec_jax.data.link_batches import LinkRows, hide_entities, hold_out, merge_queries
+from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.link_prediction import KnownTails
 from kgrec_jax.stages.graph_config import Config, check
 
@@ -20,12 +22,19 @@ class LinkData:
 
     graph: Graph
     part: np.ndarray  # [T] int8: 0 train, 1 valid, 2 test
-    given_split: bool
+    split: Literal["given", "held out by pairs", "unseen entities"]  # how the parts were made
     rows: LinkRows  # of the training triples
 
     def triples(self, part: int) -> np.ndarray:
         """[n, 3] triples of one part."""
         return self.graph.triples[self.part == part]
+
+    @functools.cached_property
+    def seen(self) -> np.ndarray:
+        """[N] bool: whether an entity is in a training triple."""
+        seen = np.zeros(self.graph.num_entities, bool)
+        seen[self.triples(0)[:, [0, 2]]] = True
+        return seen
 
     @functools.cached_property
     def known(self) -> KnownTails:
@@ -34,22 +43,26 @@ class LinkData:
 
 
 def training_graph(graph: Graph) -> tuple[Graph, list[str]]:
-    """The graph that the tables of this stage belong to, and what was merged into what, in lines.
-
-    Relations that state each other's facts the other way round are merged, unless the folder gives a split: then its
-    test triples are a benchmark's, and every one of them counts.
-    """
-    if graph.part.any():
-        return graph, []
+    """The graph that the tables of this stage belong to (inverse relations merged), and what was merged, in lines."""
     merged, report = merge_inverse_relations(graph)
     return merged, report.lines()
 
 
 def link_data(cfg: Config, graph: Graph, seed: int) -> LinkData:
-    """The parts of `graph` (given, or held out by pairs) and the training queries."""
+    """The parts of `graph` (given, held out by pairs, or by entities) and the training queries.
+
+    With `unseen_share` the triples of hidden entities are the held-out parts, whatever split the folder gives.
+    """
     check(cfg)  # here too, because the estimate at the start of a run asks first
-    given = bool(graph.part.any())
-    part = graph.part if given else hold_out(graph.triples, cfg.valid_share, cfg.test_share, seed=seed,
-                                             limit=cfg.heldout_limit)
-    rows = merge_queries(graph.triples[part == 0], graph.num_relations, cfg.tails)
-    return LinkData(graph, part, given, rows)
+    given = bool(graph.part.any()) and not cfg.unseen_share
+    if cfg.unseen_share:
+        part = hide_entities(graph.triples, graph.num_entities, cfg.unseen_share, seed=seed)
+    elif given:
+        part = graph.part
+    else:
+        part = hold_out(graph.triples, cfg.valid_share, cfg.test_share, seed=seed, limit=cfg.heldout_limit)
+    if not (part == 0).any():
+        raise KgrecError(f"graph: found no triple to train on among {len(part):,} ({(part == 1).sum():,} validation, "
+                         f"{(part == 2).sum():,} test), expected at least one; lower graph.unseen_share or add some")
+    kind = "given" if given else "unseen entities" if cfg.unseen_share else "held out by pairs"
+    return LinkData(graph, part, kind, merge_queries(graph.triples[part == 0], graph.num_relations, cfg.tails))

@@ -43,7 +43,7 @@ class Plan:
 
 def make_plan(cfg: Config, num_rows: int, num_entities: int) -> Plan:
     """Steps and rivals of the structure training for so many query rows and entities."""
-    sampled = cfg.rivals == "sampled" or (cfg.rivals == "auto" and num_entities > 8192)
+    sampled = cfg.rivals in ("sampled", "per-query") or (cfg.rivals == "auto" and num_entities > 8192)
     rivals = cfg.candidates if sampled else num_entities
     # Forward, backward and the second forward of the block-wise loss; then a few passes over the tables.
     flops = 8.0 * cfg.batch * rivals * cfg.dim + 100.0 * num_entities * cfg.dim
@@ -55,17 +55,30 @@ def make_plan(cfg: Config, num_rows: int, num_entities: int) -> Plan:
 def make_model(cfg: Config, graph: Graph, devices: int) -> GraphEmbedding:
     """Tables for the entities and relations of `graph` on so many devices."""
     return GraphEmbedding(cfg.scorer, cfg.dim, graph.num_entities, graph.num_relations,
-                          padded_rows(graph.num_entities, devices))
+                          padded_rows(graph.num_entities, devices), cfg.options)
 
 
-def structure_loss(cfg: Config, model: GraphEmbedding, tables: dict, batch: LinkBatch) -> tuple[jax.Array, dict]:
-    """Mean loss of an answer plus N3, and metrics as (sum, count)."""
+def structure_loss(cfg: Config, model: GraphEmbedding, tables: dict, batch: LinkBatch,
+                   key: jax.Array | None = None) -> tuple[jax.Array, dict]:
+    """Mean loss of an answer plus regularisers and relation prediction, and metrics as (sum, count).
+
+    With a key scorers drop what `graph.options` asks for, and one answer a query predicts its relation.
+    """
     count = jnp.maximum(batch.weight.sum(), 1.0)
-    link = model.structure_losses(tables, batch).sum()
-    loss = link / count
+    keys = (None, None) if key is None else tuple(jax.random.split(key))
+    if cfg.loss == "margin":
+        link = model.margin_losses(tables, batch, margin=cfg.margin, temperature=cfg.adversarial, key=keys[0]).sum()
+    else:
+        link = model.structure_losses(tables, batch, keys[0]).sum()
+    loss, metrics = link / count, {"link_loss": (link, count)}
     if cfg.n3:
         loss = loss + cfg.n3 * model.nuclear_3_norms(tables, batch).sum() / count
-    return loss, {"link_loss": (link, count)}
+    if cfg.dura:
+        loss = loss + cfg.dura * model.duality_norms(tables, batch).sum() / count
+    if cfg.relation_weight:
+        relation = model.relation_losses(tables, batch, keys[1]).sum()
+        loss, metrics = loss + cfg.relation_weight * relation / count, metrics | {"relation_loss": (relation, count)}
+    return loss, metrics
 
 
 def structure_optimizer(cfg: Config, steps: int) -> optax.GradientTransformation:
@@ -98,14 +111,14 @@ def train_structure(cfg: Config, model: GraphEmbedding, data: LinkData, run: Any
                     f"{counts['valid'] + counts['test']:,} held out; {plan.steps:,} steps of {cfg.batch} "
                     f"against {against} entities, about {plan.seconds:.0f} s")
     source = LinkSource(data.rows, batch=cfg.batch, steps=plan.steps, seed=seed, num_entities=model.num_entities,
-                        candidates=plan.candidates)
+                        candidates=plan.candidates, shared=cfg.rivals != "per-query")
     fitted = train.fit(
         workdir=run.stage("graph") / "structure", init_fn=model.init, source=source, constants={}, seed=seed,
-        mesh=run.mesh, loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch),
+        mesh=run.mesh, loss_fn=lambda tables, constants, batch, key: structure_loss(cfg, model, tables, batch, key),
         rules=GRAPH_RULES, tx=structure_optimizer(cfg, plan.steps), log_every=cfg.log_every,
         checkpoint_every=cfg.checkpoint_every, label="graph structure", tracker=run.tracker)
     results = {"entities": model.num_entities, "relations": model.num_relations, "triples": counts,
-               "split": "given" if data.given_split else "held out by pairs", "scorer": cfg.scorer, "dim": cfg.dim,
+               "split": data.split, "scorer": cfg.scorer, "dim": cfg.dim,
                "structure": {"steps": fitted.steps, "seconds": fitted.seconds, "queries": len(data.rows),
                              "rivals": plan.candidates or model.num_entities, **finite(fitted.metrics)}}
     return fitted.params, results

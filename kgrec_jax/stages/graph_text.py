@@ -32,6 +32,7 @@ from kgrec_jax.stages.graph_structure import evaluate, finite, make_plan, struct
 
 ENCODER_FLOPS = 1.5e11  # a second, of the encoder's training on two cores
 MAX_TEXT_STEPS = 200
+MIN_RIVALS = 1024  # drawn for a step's queries in words, whose softmax a few rivals of a margin loss would not fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def train_text(experiment: Any, run: Any, model: GraphEmbedding, data: LinkData,
     scale = float(np.asarray(bert.word_table(encoder.params)).std())
     text = TripleEncoder(model, encoder.config, cfg.encoder_mode, scale, cfg.lora_rank, cfg.lora_alpha)
     links = LinkSource(data.rows, batch=cfg.text_batch, steps=steps, seed=seed + 1, num_entities=model.num_entities,
-                       candidates=plan.candidates)
+                       candidates=plan.candidates and max(plan.candidates, MIN_RIVALS))
     source = TextLinkSource(links, words, length=length, withhold=cfg.withhold, mask_share=cfg.mask_share)
     fitted = train.fit(
         workdir=run.stage("graph") / "text", init_fn=lambda key: text.init(tables, encoder.params, key), source=source,
