@@ -46,7 +46,8 @@ def make_plan(cfg: Config, num_rows: int, num_entities: int) -> Plan:
     sampled = cfg.rivals in ("sampled", "per-query") or (cfg.rivals == "auto" and num_entities > 8192)
     rivals = cfg.candidates if sampled else num_entities
     # Forward, backward and the second forward of the block-wise loss; then a few passes over the tables.
-    flops = 8.0 * cfg.batch * rivals * cfg.dim + 100.0 * num_entities * cfg.dim
+    products = 6.0 if cfg.rivals == "per-query" else 8.0
+    flops = products * cfg.batch * rivals * cfg.dim + 100.0 * num_entities * cfg.dim
     passes = -(-cfg.epochs * num_rows // cfg.batch)
     steps = cfg.steps or int(min(max(passes, MIN_STEPS), max(FLOP_BUDGET // flops, 50)))
     return Plan(steps, cfg.candidates if sampled else 0, 4.0 + steps * max(flops / STRUCTURE_FLOPS, 0.004))
