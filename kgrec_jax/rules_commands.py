@@ -26,7 +26,7 @@ def rules(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     cfg = RuleConfig(max_length=args.max_length, min_support=args.min_support, min_confidence=args.min_confidence,
                      min_pca_confidence=args.min_pca_confidence, min_head_coverage=args.min_head_coverage,
-                     constants=args.constants)
+                     constants="on" if args.constants else "off")
     check(cfg)  # before the folder is read
     out = pathlib.Path(args.out).expanduser() if args.out else None
     if out is not None and (out.is_dir() or not out.parent.is_dir()):

@@ -16,6 +16,9 @@ from kgrec_jax.data.link_batches import LinkSource
 from kgrec_jax.data.text import train_wordpiece
 from kgrec_jax.data.toy import toy_world
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.evaluation.link_prediction import evaluate_link_prediction
+from kgrec_jax.linear.rule_scorer import RuleScorer
+from kgrec_jax.linear.rules import RuleConfig, mine_rules
 from kgrec_jax.models import bert
 from kgrec_jax.models.graph_embedding import load_graph_embedding
 from kgrec_jax.optim import OptimConfig
@@ -315,3 +318,20 @@ def test_an_inductive_split_hides_entities_whatever_the_folder_says(world, tmp_p
 def test_what_cannot_go_together_is_named(found, message):
     with pytest.raises(KgrecError, match=message):
         stage.check(dataclasses.replace(SMALL, **found))
+
+
+def test_rules_of_the_training_triples_join_the_mixture(world, tmp_path, encoder_folder):
+    cfg = dataclasses.replace(SMALL, steps=5, encoder_mode="off", rules="on")
+    results, run = train(tmp_path, world, encoder_folder, cfg)
+    links = results["link_prediction"]
+    assert set(results["mixture"]) == {"structure", "rules"} and results["rules"]["rules"] > 0
+    assert links["valid"]["mrr"] >= max(links[name]["valid"]["mrr"] for name in ("structure", "rules")) - 1e-6
+    assert any("rules of the training triples" in line for line in run.lines)
+    data = stage.link_data(cfg, stage.training_graph(world.graph)[0], 3)
+    training = dataclasses.replace(data.graph, part=data.part)
+    alone = evaluate_link_prediction(RuleScorer(mine_rules(training), training).scores, data.triples(2),
+                                     known=data.known, num_entities=data.graph.num_entities)
+    assert links["rules"]["test"]["mrr"] == pytest.approx(alone["mrr"], abs=1e-6)
+    bad = dataclasses.replace(cfg, rule_mining=RuleConfig(min_confidence=2.0))
+    with pytest.raises(KgrecError, match="min_confidence: found 2.0"):
+        stage.check(bad)

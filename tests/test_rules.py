@@ -158,7 +158,7 @@ def test_bodies_are_bounded_from_below_without_a_product(seed):
 
 def test_short_bodies_and_no_constants_on_request():
     graph = random_graph(5)
-    rules = mine_rules(graph, dataclasses.replace(ALL, max_length=1, constants=False))
+    rules = mine_rules(graph, dataclasses.replace(ALL, max_length=1, constants="off"))
     assert mined_paths(rules) == {k: v for k, v in brute_paths(graph).items() if k[2] < 0}
     assert len(rules) == len(mined_paths(rules))
 
@@ -205,7 +205,7 @@ def test_a_body_of_too_many_paths_is_estimated_and_says_so(monkeypatch):
     triples += [(400 + z, 1, 430 + int(y)) for z in range(30) for y in rng.choice(60, 8, replace=False)]
     triples += [(x, 2, 430 + x % 60) for x in range(0, 400, 2)]
     graph = make_graph(triples, ["a", "b", "c"], 490)
-    cfg = RuleConfig(min_confidence=0.0, constants=False)
+    cfg = RuleConfig(min_confidence=0.0, constants="off")
     exact, rough = mine_rules(graph, cfg), mine_rules(graph, dataclasses.replace(cfg, max_paths=3000))
     assert rough.estimated.any() and not exact.estimated.any()
     held = mined_paths(exact)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class RuleConfig:
     min_confidence: float = 0.05  # standard confidence, from 0 to 1
     min_pca_confidence: float = 0.0
     min_head_coverage: float = 0.0
-    constants: bool = True  # also first(x, c) ⇒ head(x, c′), and first(x, any) ⇒ head(x, c′)
+    constants: Literal["on", "off"] = "on"  # also first(x, c) ⇒ head(x, c′), and first(x, any) ⇒ head(x, c′)
     bodies_per_constant: int = 100  # rules kept for each head(x, c′), the surest first
     max_paths: int = 50_000_000  # paths of one body; a larger one is estimated from a part of its x, and said to be
     seed: int = 0  # of that part
@@ -142,7 +143,7 @@ def mine_rules(graph: Graph, cfg: RuleConfig = RuleConfig()) -> Rules:
     parts = [_steps(index)]
     if cfg.max_length == 2:
         parts.append(_paths(index, cfg))
-    if cfg.constants:
+    if cfg.constants == "on":
         parts.append(_implications(index, cfg))
     columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Rules)
                if f.name != "num_relations"}

@@ -6,17 +6,22 @@ into the encoder beside the words of a triple.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kgrec_jax import checkpoint
 from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.link_batches import some_triples
 from kgrec_jax.evaluation.link_prediction import ScoreBlock, evaluate_link_prediction
 from kgrec_jax.evaluation.mixture import choose_mixture
+from kgrec_jax.linear.rule_scorer import RuleScorer
+from kgrec_jax.linear.rules import mine_rules
 from kgrec_jax.models.graph_embedding import GraphEmbedding
 from kgrec_jax.stages.graph_config import Config, check
 from kgrec_jax.stages.graph_data import LinkData, link_data, training_graph
@@ -51,9 +56,22 @@ def run(experiment: Any, run: Any) -> dict:
     scorers = {"structure": structure_scorer(model, text.tables)}
     if text.scorer is not None and not cfg.text_eval:
         scorers["text"] = text.scorer
+    if cfg.rules == "on":
+        scorers["rules"], results["rules"] = _rule_scorer(cfg, data, run.tracker.say)
     results["mixture"], results["link_prediction"] = _judge(cfg, data, scorers, experiment.seed, run.tracker.say)
     _save_tables(folder, model, graph, text.tables, text.bridge)
     return results
+
+
+def _rule_scorer(cfg: Config, data: LinkData, say: Callable[[str], None]) -> tuple[ScoreBlock, dict]:
+    """Rules mined from the training triples as a scorer, and how many there are."""
+    began = time.monotonic()
+    training = dataclasses.replace(data.graph, part=data.part)
+    rules = mine_rules(training, cfg.rule_mining)
+    scorer, seconds = RuleScorer(rules, training, cfg.rule_score), time.monotonic() - began
+    say(f"graph: {len(rules):,} rules of the training triples in {seconds:.0f} s")
+    return lambda heads, relations: jnp.asarray(scorer.scores(heads, relations)), {"rules": len(rules),
+                                                                                   "seconds": seconds}
 
 
 def _judge(cfg: Config, data: LinkData, scorers: dict[str, ScoreBlock], seed: int,

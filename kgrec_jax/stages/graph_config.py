@@ -6,6 +6,9 @@ import dataclasses
 from typing import Literal
 
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.linear.rule_scorer import RuleScoreConfig
+from kgrec_jax.linear.rules import RuleConfig
+from kgrec_jax.linear.rules import check as check_rules
 from kgrec_jax.models.scorers import ScorerOptions, get_scorer
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
@@ -49,6 +52,9 @@ class Config:
     table_optim: OptimConfig = OptimConfig(name="sgd", peak_lr=0.05, schedule="linear")  # V, U in text steps
     bridge_optim: OptimConfig = OptimConfig(peak_lr=5e-3)  # projections between tables and encoder
     encoder_optim: OptimConfig = OptimConfig(peak_lr=3e-4)  # adapters, or the whole encoder
+    rules: Literal["off", "on"] = "off"  # Horn rules of the training triples, whose score joins the mixture
+    rule_mining: RuleConfig = RuleConfig()  # which rules are kept
+    rule_score: RuleScoreConfig = RuleScoreConfig()  # how rules that derive the same triple add up
     text_eval: int = 250  # test triples that are ranked through the encoder; 0: all, and its score joins the mixture
     mixture_triples: int = 1000  # validation triples that choose the weights of structure and text
     log_every: int = 20  # steps between two rows of metrics.jsonl
@@ -69,6 +75,7 @@ def check(cfg: Config) -> None:
     rates = dict.fromkeys(("input_dropout", "hidden_dropout", "query_dropout"), (0.0, 0.95))
     check_bounds("graph.options", cfg.options, rates | {"core_rank": (0, many), "channels": (1, many),
                                                         "kernel": (1, 15)})
+    check_rules(cfg.rule_mining)
     scorer = get_scorer(cfg.scorer, cfg.dim, cfg.options)
     sampled = cfg.rivals in ("sampled", "per-query")
     if cfg.loss == "margin" and not sampled:
