@@ -1,8 +1,9 @@
 """Softmax cross-entropy against the rows of a table: the one loss of every stage, per example.
 
-The table is walked in blocks with a running log-sum-exp (Milakov & Gimelshein, 2018, "Online normalizer calculation for
-softmax"), the backward pass computes the scores again, and under a mesh each device walks its own rows: [B, N] is never
-in memory, and a row-sharded table never moves.
+A large table is walked in blocks with a running log-sum-exp (Milakov & Gimelshein, 2018, "Online normalizer calculation
+for softmax") and the backward pass computes the scores again, so that [B, N] is never in memory. Where [B, N] is small,
+the exponentials of the forward pass are kept instead: three products instead of four. Under a mesh each device works
+on its own rows, and a row-sharded table never moves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def table_cross_entropy(
     bias: jax.Array | None = None,
     num_rows: int | None = None,
     block_rows: int = 4096,
+    keep_bytes: int = 2**28,
     log_q: jax.Array | None = None,
 ) -> jax.Array:
     """The per-example losses Σ_t w_t (log Σ_j exp s_j − s_{y_t}) [B] float32, with scores s_j = q·table_j + bias_j.
@@ -37,7 +39,9 @@ def table_cross_entropy(
     table; a negative target is padding, one at or beyond `num_rows` makes the loss NaN. weights [B] or [B, T] (1 where
     absent) carry no gradient; a row without any weight has loss 0. bias [N] is differentiable; log_q [N] (the log
     of the probability that sampling shows a row as a target) is taken off the scores.
-    Rows from `num_rows` on are padding and take no part. `block_rows` bounds the memory of a block to [B, block_rows].
+    Rows from `num_rows` on are padding and take no part. Where the scores of a device's rows, B × rows × 4 bytes, fit
+    in `keep_bytes`, they stay in memory from the forward to the backward pass (0: never); where they do not, both walk
+    the rows in blocks and `block_rows` bounds the memory to [B, block_rows]. Both ways give the same up to rounding.
 
     Under `jax.set_mesh` with a table whose rows divide by the devices, each device works on N/devices rows and only
     [B]- and [B, D]-sized sums travel; the result is the same up to rounding.
@@ -56,7 +60,11 @@ def table_cross_entropy(
     if log_q is not None:
         taken_off = jax.lax.stop_gradient(log_q.astype(jnp.float32))
         bias = -taken_off if bias is None else bias - taken_off
-    losses = _cross_entropy(queries, table, bias, jnp.where(weights != 0, targets, -1), weights, num_rows, block_rows)
+    targets_of = jnp.where(weights != 0, targets, -1)
+    if 4 * queries.shape[0] * _device_rows(table) <= keep_bytes:
+        losses = _kept_cross_entropy(queries, table, bias, targets_of, weights, num_rows)
+    else:
+        losses = _cross_entropy(queries, table, bias, targets_of, weights, num_rows, block_rows)
     outside = ((targets >= num_rows) & (weights != 0)).any(axis=1)
     return jnp.where(outside, jnp.nan, losses)
 
@@ -107,6 +115,68 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0).sum(), mask.sum()
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _kept_cross_entropy(queries, table, bias, targets, weights, num_rows):
+    return _kept_forward(queries, table, bias, targets, weights, num_rows)[0]
+
+
+def _kept_forward(queries, table, bias, targets, weights, num_rows):
+    walk = functools.partial(_keep_forward, num_rows=num_rows)
+    rows = _over_rows(walk, table, ("columns", P(), P(), P()))
+    shares, top, total, hit = rows(table, bias, queries, targets, weights)
+    return weights.sum(axis=1) * (top + jnp.log(total)) - hit, (queries, table, bias, targets, weights, shares, total)
+
+
+def _kept_backward(num_rows, saved, g):
+    del num_rows
+    queries, table, bias, targets, weights, shares, total = saved
+    rows = _over_rows(_keep_backward, table, (P(), "table", "bias"), columns=3)
+    d_queries, d_table, d_bias = rows(table, bias, queries, targets, weights, shares, total, g)
+    return d_queries, d_table, None if bias is None else d_bias, None, None
+
+
+_kept_cross_entropy.defvjp(_kept_forward, _kept_backward)
+
+
+def _keep_forward(offset, axes, table, bias, queries, targets, weights, *, num_rows):
+    """(exp(s − top) [B, n] of this device's rows; top [B], Σ exp(s − top) [B] and Σ_t w_t s_{y_t} [B] of all rows)."""
+    _, _, scores = _scores(queries, table, bias, 0, table.shape[0], offset, num_rows)
+    local, mine = _local_targets(offset, table.shape[0], targets)
+    taken = jnp.take_along_axis(scores, jnp.where(mine, local, 0), axis=1)  # [B, T]
+    hit = jnp.where(mine, weights * taken, 0.0).sum(axis=1)
+    top = scores.max(axis=1)
+    top = jax.lax.pmax(top, axes) if axes else top
+    shares = jnp.exp(scores - top[:, None])
+    total = shares.sum(axis=1)
+    return (shares, top, *(jax.lax.psum((total, hit), axes) if axes else (total, hit)))
+
+
+def _keep_backward(offset, axes, table, bias, queries, targets, weights, shares, total, g):
+    """(d queries [B, D] of all rows, d table, d bias of this device's rows).
+
+    d scores = scale (exp(s − top) − w total / Σw): the scale of a query goes to [B, D] and never over [B, n].
+    """
+    all_weights = weights.sum(axis=1)  # [B]
+    local, mine = _local_targets(offset, table.shape[0], targets)
+    pull = weights * (total / jnp.where(all_weights == 0, 1.0, all_weights))[:, None]  # [B, T]
+    place = jnp.where(mine, local, table.shape[0])  # what is not of this device is dropped
+    pulled = shares.at[jnp.arange(place.shape[0])[:, None], place].add(-pull, mode="drop").astype(queries.dtype)
+    scale = (g * all_weights / total)[:, None]  # [B, 1]
+    d_queries = scale * jnp.einsum("bn,nd->bd", pulled, table, preferred_element_type=jnp.float32)
+    scaled = (scale * queries.astype(jnp.float32)).astype(queries.dtype)
+    d_table = jnp.einsum("bn,bd->nd", pulled, scaled, preferred_element_type=jnp.float32)
+    d_bias = None if bias is None else jnp.einsum("bn,b->n", pulled, scale[:, 0].astype(pulled.dtype),
+                                                  preferred_element_type=jnp.float32)
+    d_queries = jax.lax.psum(d_queries, axes) if axes else d_queries
+    return d_queries.astype(queries.dtype), d_table.astype(table.dtype), d_bias
+
+
+def _local_targets(offset, rows, targets):
+    """(row on this device, whether it is one of its rows), each [B, T]."""
+    local = targets - offset
+    return local, (local >= 0) & (local < rows) & (targets >= 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _cross_entropy(queries, table, bias, targets, weights, num_rows, block_rows):
     return _forward(queries, table, bias, targets, weights, num_rows, block_rows)[0]
@@ -132,19 +202,29 @@ def _backward(num_rows, block_rows, saved, g):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _over_rows(walk, table, out_specs):
-    """`walk(offset, axes, table, bias, *rest)` on the whole table, or on each device's rows under a mesh."""
+def _device_rows(table) -> int:
+    """The rows of a table that one device works on."""
     mesh = active_mesh()
-    if mesh is None or table.shape[0] % mesh.size:
+    return table.shape[0] if mesh is None or table.shape[0] % mesh.size else table.shape[0] // mesh.size
+
+
+def _over_rows(walk, table, out_specs, columns=None):
+    """`walk(offset, axes, table, bias, *rest)` on the whole table, or on each device's rows under a mesh.
+
+    `columns`: the place in `rest` of an array [B, N] that is laid out like the table's rows.
+    """
+    mesh = active_mesh()
+    if _device_rows(table) == table.shape[0]:
         return lambda table, bias, *rest: walk(0, (), table, bias, *rest)
     axes = tuple(mesh.axis_names)
-    by_rows = {"table": P(axes, None), "bias": P(axes)}
+    by_rows = {"table": P(axes, None), "bias": P(axes), "columns": P(None, axes)}
 
     def of_device(table, bias, *rest):
         return walk(jax.lax.axis_index(axes) * table.shape[0], axes, table, bias, *rest)
 
     def sharded(table, bias, *rest):
-        in_specs = (by_rows["table"], None if bias is None else by_rows["bias"], *(P() for _ in rest))
+        others = (by_rows["columns"] if place == columns else P() for place in range(len(rest)))
+        in_specs = (by_rows["table"], None if bias is None else by_rows["bias"], *others)
         outs = tuple(by_rows[s] if isinstance(s, str) else s for s in out_specs)
         if bias is None and "bias" in out_specs:
             outs = outs[:-1] + (None,)
@@ -213,8 +293,7 @@ def _target_mean(offset, table, bias, targets, weights):
 
 def _over_targets(step, offset, rows, targets, weights, carry):
     """Folds `step` over chunks of (row of this device, weight) [B, t]; rows of other devices have weight 0."""
-    local = targets - offset
-    mine = (local >= 0) & (local < rows) & (targets >= 0)
+    local, mine = _local_targets(offset, rows, targets)
     local, weights = jnp.where(mine, local, 0), jnp.where(mine, weights, 0.0)
     batch, number = targets.shape
     if number <= _TARGET_CHUNK:

@@ -32,6 +32,7 @@ class OptimConfig:
     b1: float = 0.9  # adamw: decay of the first moment; sgd: momentum
     b2: float = 0.999  # adamw: decay of the second moment
     eps: float = 1e-8  # adamw and adagrad: added to the denominator
+    accumulator: float = 0.1  # adagrad: the sum of squared gradients before the first step
     table_name: Literal["same", "rowwise-adagrad"] = "same"  # the optimiser of the tables
     table_patterns: tuple[str, ...] = ()  # which parameters are tables [N, D]: regular expressions on paths like a/b/c
     table_peak_lr: float = 0.05  # rowwise-adagrad: the learning rate of the tables after the warm-up
@@ -82,7 +83,7 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     """
     _check(cfg)
     inner = {"adamw": lambda: optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-             "adagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.1, eps=cfg.eps),
+             "adagrad": lambda: optax.scale_by_rss(initial_accumulator_value=cfg.accumulator, eps=cfg.eps),
              "sgd": lambda: optax.trace(cfg.b1) if cfg.b1 else optax.identity()}
     by_layer = [scale_by_layer(cfg.layer_decay)] if cfg.layer_decay != 1.0 else []
     dense = optax.chain(inner[cfg.name](), *_decay(cfg), *by_layer, scale_by_schedule(learning_rate(cfg, num_steps)))
@@ -258,7 +259,8 @@ def _decay(cfg: OptimConfig) -> list[optax.GradientTransformation]:
 
 
 def _check(cfg: OptimConfig) -> None:
-    at_least_zero = [(name, 0, None) for name in ("peak_lr", "table_peak_lr", "clip_norm", "weight_decay", "eps")]
+    at_least_zero = [(name, 0, None) for name in ("peak_lr", "table_peak_lr", "clip_norm", "weight_decay", "eps",
+                                                     "accumulator")]
     for name, low, high in [*at_least_zero, ("warmup_share", 0, 1), ("b1", 0, 1), ("b2", 0, 1),
                             ("layer_decay", 0, 1)]:
         value = getattr(cfg, name)

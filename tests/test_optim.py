@@ -41,6 +41,17 @@ def test_equals_optax(name, reference):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
 
 
+def test_the_first_accumulator_of_adagrad():
+    """From 0 the first step of each number is the learning rate, whatever its gradient."""
+    tx = make_optimizer(dataclasses.replace(PLAIN, name="adagrad", peak_lr=1e-2, accumulator=0.0), 10)
+    got, _ = steps(tx, params(), params(), 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b - 1e-2 * np.sign(b), rtol=1e-4, atol=1e-6), got, params())
+    reference = optax.adagrad(1e-2, initial_accumulator_value=0.0, eps=1e-8)
+    want, _ = steps(reference, params(), params(), 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+                 steps(tx, params(), params(), 3)[0], want)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_the_learning_rate_rises_and_falls(schedule):
     rate = learning_rate(OptimConfig(peak_lr=2.0, warmup_share=0.2, schedule=schedule), 100)
