@@ -136,7 +136,8 @@ def test_n3_equals_numpy_and_gradients_are_finite_at_zero(name, rows):
 def test_a_relation_is_a_row_that_head_and_tail_ask_for(name, rows):
     h, r, t, _ = rows
     scorer = SCORERS[name]
-    np.testing.assert_allclose((scorer.relation_transform(h, t) * r).sum(-1), scorer.score(h, r, t), rtol=5e-5, atol=5e-5)
+    asked = (scorer.relation_transform(h, t) * r).sum(-1)
+    np.testing.assert_allclose(asked, scorer.score(h, r, t), rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -40,7 +40,7 @@ class Tucker(nn.Module):
         core = self.param("core", lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0),
                           (self.core_rank, self.dim, self.dim))
         h = nn.LayerNorm(name="input_norm")(h)
-        # One large product: a matrix for each example, W ×₁ r [B, D, D], would cost the same and leave cache lines unused.
+        # One large product instead of a small one for each example's own matrix W ×₁ r [D, D].
         outer = (r[:, :self.core_rank, None] * h[:, None, :]).reshape(h.shape[0], -1)  # [B, d_r · D]
         return nn.LayerNorm(name="query_norm")(outer @ core.reshape(-1, self.dim))
 

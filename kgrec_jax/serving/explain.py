@@ -18,7 +18,8 @@ from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.graph import Neighbours, phrase, short_title
 
 # What a part with addends over the history says of the nearest items, and what one without says at all.
-NEAR_WORDS = {"text": "reads like {}", "graph": "linked like {}", "media": "looks like {}", "features": "made like {}"}
+NEAR_WORDS = {"text": "reads like {}", "graph": "linked like {}", "media": "looks like {}", "features": "made like {}",
+              **dict.fromkeys(("rgcn", "kgat", "kgin"), "close in the graph to {}")}
 NEAR_OTHERWISE = "liked by those who liked {}"
 PART_WORDS = {
     "popularity": "popular with many users",

@@ -20,6 +20,7 @@ from kgrec_jax.data.text import TfidfSvd, TfidfWords
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.ranking import top_k
 from kgrec_jax.linear.parts import Part
+from kgrec_jax.models.propagation import PropagationPart
 from kgrec_jax.models.recommender import FusedModel, Histories, Scale, TowerPart, histories_of
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.serving import store
@@ -267,8 +268,8 @@ class Recommender:
 
 
 # What a recommender's folder may hold: every kind of part, and what is around them.
-CLASSES = (*typing.get_args(Part), FusedModel, Graph, Histories, QueryEncoder, QueryIndex, Recommender, Scale, TfidfSvd,
-           TfidfWords, TowerConfig, TowerPart)
+CLASSES = (*typing.get_args(Part), PropagationPart, FusedModel, Graph, Histories, QueryEncoder, QueryIndex, Recommender,
+           Scale, TfidfSvd, TfidfWords, TowerConfig, TowerPart)
 
 
 def _check_k(k: int) -> None:

@@ -28,11 +28,13 @@ from kgrec_jax.stages import item_features
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 from kgrec_jax.stages.fuse_gate import GateConfig, HeldOut, learn_gate
 from kgrec_jax.stages.fuse_parts import Fitter, TowerTraining
+from kgrec_jax.stages.fuse_propagation import KINDS, PROPAGATION_BOUNDS, Propagator
 from kgrec_jax.stages.item_features import ItemContent
 from kgrec_jax.tracking import write_json
 
 # The rows of the report beside `fusion` and the towers', in order.
-ROWS = ("popularity", "item-knn", "user-knn", "ease", "spectral", "collaborative", "features", "graph", "text")
+ROWS = ("popularity", "item-knn", "user-knn", "ease", "spectral", "collaborative", "features", "graph", "text",
+        *KINDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,19 @@ class Config:
     batch: int = 128  # users of a step
     optim: OptimConfig = OptimConfig(peak_lr=5e-3, weight_decay=1e-4)  # of the towers
     cf_weight: float = 0.2  # λ of L_CF: the history's mean free row against the free rows
+    propagation: Literal["off", "rgcn", "kgat", "kgin", "lightgcn"] = "off"  # a part of its own beside the towers
+    propagation_dim: int = 64  # width of its vectors
+    propagation_layers: int = 2  # hops
+    propagation_bases: int = 4  # rgcn: basis matrices that all relations share
+    propagation_attention: int = 16  # kgat: width of the space in which heads and tails are compared
+    propagation_intents: int = 4  # kgin: reasons that a user may have, mixtures of relations
+    propagation_independence: float = 1e-4  # kgin: weight of the intents' distance correlation
+    propagation_dropout: float = 0.1  # share of a layer's entries that are dropped in a step
+    propagation_free_dropout: float = 0.1  # share of the items that are in a step as if nobody had touched them
+    propagation_loss: Literal["softmax", "bpr"] = "softmax"  # against all items, or against one drawn for each
+    propagation_steps: int = 0  # 0: forty passes over the users, 300 to 1200
+    propagation_batch: int = 256  # users of a step, at most a quarter of all
+    propagation_optim: OptimConfig = OptimConfig(peak_lr=1e-2)  # of the propagation
     gate: GateConfig = GateConfig()  # over all parts
     text_length: int = 128  # tokens of an item's text
     text_encoder: Literal["choose", "released"] = "choose"  # choose: by recall on held-out items
@@ -59,6 +74,11 @@ class Config:
         """
         check(self)
         return TowerTraining(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TowerTraining)})
+
+    @property
+    def propagator(self) -> Propagator | None:
+        """What is propagated and how it is trained; None where nothing is."""
+        return None if self.propagation == "off" else Propagator.of(self, self.tower.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +158,10 @@ def check(cfg: Config) -> None:
               "tower.max_history": (1, many), "tower.part_dropout": (0.0, 0.99), "tower.free_dropout": (0.0, 0.99),
               "tower.history_dropout": (0.0, 0.99), "tower.temperature": (1e-4, 1e4), "gate.steps": (0, many),
               "gate.batch": (1, many), "gate.candidates": (1, many), "gate.penalty": (0.0, 1e6),
-              "gate.inner_share": (0.0, 0.9), "gate.guard_share": (0.0, 0.9), "gate.max_users": (1, many)}
+              "gate.inner_share": (0.0, 0.9), "gate.guard_share": (0.0, 0.9), "gate.max_users": (1, many),
+              **{f"propagation_{name}": bound for name, bound in PROPAGATION_BOUNDS.items()}}
     check_bounds("fuse", cfg, bounds)
-    check_optimizers("fuse", cfg, ("optim", "gate.optim"))
+    check_optimizers("fuse", cfg, ("optim", "gate.optim", "propagation_optim"))
     if cfg.tower.history == "transformer" and cfg.tower.width % cfg.tower.heads:
         raise KgrecError(f"fuse.tower.heads: found {cfg.tower.heads}, expected a divisor of fuse.tower.width "
                          f"{cfg.tower.width}; change one of them")
@@ -161,7 +182,8 @@ def prepare(experiment: Any, run: Any) -> tuple[Fitter, Choices]:
     if choices.content is not None:
         kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
     with_ease = "ease" not in choices.skipped
-    fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, with_ease, experiment.seed)
+    fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, with_ease, experiment.seed,
+                    cfg.propagator)
     return fitter, choices
 
 

@@ -27,6 +27,7 @@ from kgrec_jax.models.towers import FREE, ItemFeatures, TowerConfig, Towers
 from kgrec_jax.optim import OptimConfig, make_optimizer
 from kgrec_jax.sharding import REPLICATED, Rules
 from kgrec_jax.stages import item_features
+from kgrec_jax.stages.fuse_propagation import Propagator
 from kgrec_jax.stages.item_features import ItemContent
 
 TOWER_RULES: Rules = REPLICATED  # the towers are small: every device has them whole
@@ -85,6 +86,7 @@ class Fitter:
     linear: LinearChoice
     with_ease: bool
     seed: int
+    propagator: Propagator | None = None
 
     @property
     def num_items(self) -> int:
@@ -144,8 +146,11 @@ class Fitter:
         return TowerPart(self.shape, params, np.asarray(sum(parts.values())), parts, known)
 
     def model(self, log: Interactions, folder: pathlib.Path, gate: Any) -> tuple[FusedModel, dict[str, Part]]:
-        """(the fused model on one log under a gate, all closed forms by name)."""
+        """(the fused model on one log under a gate, all its parts but the towers by name)."""
         parts = self.closed_forms(log)
+        if self.propagator is not None:
+            parts[self.propagator.shape.kind] = self.propagator.fit(
+                self.content.graph, log, folder / "propagation", self.run, self.seed)
         fused = {name: part for name, part in parts.items() if name not in ROW_ONLY}
         matrix = log.matrix(self.run.dataset.num_users, self.num_items)
         tower = self.tower(log, folder)
