@@ -62,6 +62,7 @@ SUMMARIES = {
     "evaluate": "the report of a finished run again",
     "refit": "a run's chosen configuration fitted on all interactions, for use",
     "recommend": "lists with reasons: for a user, a history, a query, or all users",
+    "complete": "triples that a run's graph lacks, or seems to have in error, with probabilities",
     "data": "look into a dataset folder (check), or make one (import)",
     "finetune": "tune an encoder for classes, pairs, numbers or better sentence vectors",
     "bench": "speed, memory and quality on the device at hand",
@@ -120,6 +121,10 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if name in ("quickstart", "run", *STAGES):
         return _run(name, rest)
+    if name == "complete":
+        from kgrec_jax import complete_commands
+
+        return complete_commands.complete(rest)
     if name == "data":
         from kgrec_jax import data_commands
 

@@ -52,7 +52,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("argv", [["run"], ["pretrain"], ["graph"], ["fuse"], ["evaluate"], ["refit"], ["recommend"],
-                                  ["data"], ["data", "check"], ["data", "import"]])
+                                  ["complete"], ["data"], ["data", "check"], ["data", "import"]])
 def test_help_of_each_command_has_an_example(argv, capsys):
     try:
         assert cli.main([*argv, "--help"]) == 0
