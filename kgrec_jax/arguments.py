@@ -49,3 +49,14 @@ def positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
     return int(word)
+
+
+def share(word: str) -> float:
+    """A number from 0 to 1, as the type of an argument."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number from 0 to 1")
+    return value

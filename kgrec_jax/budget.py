@@ -19,7 +19,7 @@ from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear.ease import skip_reason
 from kgrec_jax.models.encoder_config import MINILM_WEIGHTS, layer_weights
 from kgrec_jax.pretrained.hf import read_config
-from kgrec_jax.stages import fuse, graph, pretrain
+from kgrec_jax.stages import fuse, graph, graph_bi_encoder, pretrain
 from kgrec_jax.stages.item_features import COMPARED_TOKENS, item_texts
 
 STAGES = ("pretrain", "graph", "fuse", "evaluate")
@@ -151,6 +151,15 @@ def _graph(experiment: Any, dataset: Dataset, reader: _Reader, strange: str) -> 
         tokens = text_steps * cfg.text_batch * cfg.text_length
         seconds += 8.0 + 4.0 * reader.weights * tokens / graph.ENCODER_FLOPS
         seconds += 2 * cfg.text_eval * cfg.text_length / (_TOKENS_PER_SECOND / reader.slower)
+    pair = cfg.bi_encoder
+    if pair.mode != "off" and not strange:
+        pair_steps = pair.steps or int(np.ceil(pair.passes * len(data.rows) / pair.batch))
+        steps += f" + {pair_steps:,} of {pair.batch} queries and answers × at most {pair.length} tokens"
+        encoded = merged.num_entities + 2 * sum(len(data.triples(part)) for part in (1, 2))
+        seconds += (2 * pair_steps * pair.batch / graph_bi_encoder.TRAINED
+                    + encoded / graph_bi_encoder.ENCODED) * pair.length * reader.slower
+    if cfg.rules == "on":
+        steps += " + rules"
     return Budget(steps, seconds)
 
 

@@ -14,12 +14,17 @@ from kgrec_jax.errors import KgrecError
 HELP = """Look into data, or make a dataset folder of it.
 
   kgrec data check FOLDER                         counts, gaps, languages and minutes, in seconds and before training
+  kgrec data inspect FOLDER                       its graph: relations, degrees, duplicates, types, sources
   kgrec data import {recbole,csv,kgat} SOURCE OUT other layouts into the project's dataset folder
+  kgrec data import tuples FILE …                 tuples found in text into a graph, once a person has reviewed them
   kgrec data graph build --rdf FILE… --out FOLDER RDF of any size into the graph of a dataset folder
+  kgrec data graph tables --items FILE --out FOLDER columns of an item table as relations
+  kgrec data rules FOLDER                         Horn rules of its graph, with their confidence
 """
 GRAPH_HELP = """Make a graph for a dataset folder.
 
   kgrec data graph build --rdf FILE… --out FOLDER     RDF dumps of any size, whole or around the items
+  kgrec data graph tables --items FILE --out FOLDER   columns of an item table as relations
 """
 
 
@@ -28,12 +33,25 @@ def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0] if argv else "--help"), list(argv[1:])
     if name == "check":
         return check(_check_parser().parse_args(rest))
+    if name == "import" and rest[:1] == ["tuples"]:
+        from kgrec_jax.graph_commands import tuples
+
+        return tuples(rest[1:])
     if name == "import":
         return import_(_import_parser().parse_args(rest))
     if name == "graph":
         return _graph(rest)
+    if name == "inspect":
+        from kgrec_jax.graph_commands import inspect
+
+        return inspect(rest)
+    if name == "rules":
+        from kgrec_jax.rules_commands import rules
+
+        return rules(rest)
     if name not in ("-h", "--help"):
-        raise KgrecError(f"data: found {name!r}, expected check or import or graph; see kgrec data --help")
+        raise KgrecError(f"data: found {name!r}, expected check or import or graph or inspect or rules; see kgrec data "
+                         "--help")
     print(HELP, end="")
     return 0
 
@@ -41,8 +59,12 @@ def main(argv: Sequence[str]) -> int:
 def _graph(argv: list[str]) -> int:
     if argv[:1] == ["build"]:
         return build(_build_parser().parse_args(argv[1:]))
+    if argv[:1] == ["tables"]:
+        from kgrec_jax.graph_commands import tables
+
+        return tables(argv[1:])
     if argv and argv[0] not in ("-h", "--help"):
-        raise KgrecError(f"data graph: found {argv[0]!r}, expected build; see kgrec data graph --help")
+        raise KgrecError(f"data graph: found {argv[0]!r}, expected build or tables; see kgrec data graph --help")
     print(GRAPH_HELP, end="")
     return 0
 
@@ -108,7 +130,8 @@ def build(args: argparse.Namespace) -> int:
         rdf=tuple(pathlib.Path(path).expanduser() for path in args.rdf or ()),
         items=pathlib.Path(args.items).expanduser() if args.items else None, hops=args.hops,
         relations=tuple(args.relations or ()), languages=tuple(args.languages), store=args.store,
-        endpoint=args.endpoint or "", processes=args.processes)
+        endpoint=args.endpoint or "", numbers=args.numbers,
+        processes=args.processes)
     print("\n".join(build_graph(cfg, out, Tracker(out))))
     return 0
 
@@ -135,6 +158,7 @@ def _import_parser() -> argparse.ArgumentParser:
   kgrec data import recbole 'pypi:recbole==1.2.1#recbole/dataset_example/ml-100k' data/ml-100k
   kgrec data import csv ratings/ data/mine --split ratings/split
   kgrec data import kgat Data/amazon-book data/amazon-book
+  kgrec data import tuples FILE …                 see kgrec data import tuples --help
 
 recbole reads the atomic files NAME.inter .item .user .kg .link, csv finds the log, the items and the triples among
 tables with headers. kgat reads train.txt and test.txt (a user and its items a line), kg_final.txt (head relation tail),
@@ -168,6 +192,9 @@ Leaves FOLDER with triples.tsv, entities.tsv and relations.tsv (and store/), com
     parser.add_argument("--relations", nargs="+", metavar="IRI", help="keep triples of these relations alone")
     parser.add_argument("--languages", nargs="+", default=["en"], metavar="TAG",
                         help="languages of names and texts, best first (default en)")
+    parser.add_argument("--numbers", type=positive, default=0, metavar="N",
+                        help="also put the numbers and dates of each relation into N buckets, as entities (default: "
+                             "text alone)")
     parser.add_argument("--store", choices=("memory", "oxigraph"), default="memory",
                         help="oxigraph: also keep all of the files in an on-disk store for SPARQL")
     parser.add_argument("--processes", type=positive, default=2, metavar="N",

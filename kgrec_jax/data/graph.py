@@ -87,14 +87,27 @@ def _keys(triples: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return triples[:, 0] * n + triples[:, 2], triples[:, 2] * n + triples[:, 0]
 
 
+def relation_overlaps(triples: np.ndarray, n: int, r: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Of distinct `triples` [T, 3] int64 over n entities: [R, R] counts of the pairs (a, b) of relation r for which
+    (a, b), and for which (b, a), stands in relation s too."""
+    holds, held = _pairs_held(triples, n, r)
+    return (holds @ holds.T).tocsr(), (holds @ held.T).tocsr()
+
+
 def _reversed_overlap(triples: np.ndarray, n: int, r: int) -> np.ndarray:
     """[R, R] count of distinct pairs (a, b) of relation r for which (b, a) stands in relation s."""
+    holds, held = _pairs_held(triples, n, r)
+    return (holds @ held.T).toarray()
+
+
+def _pairs_held(triples: np.ndarray, n: int, r: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """[R, P] which pairs of entities stand in each relation, and which stand in it reversed."""
     forward, backward = _keys(triples, n)
     pairs, codes = np.unique(np.concatenate([forward, backward]), return_inverse=True)
     half, ones = len(forward), np.ones(len(forward), np.int64)
     holds = sp.csr_matrix((ones, (triples[:, 1], codes[:half])), shape=(r, len(pairs)))
     held = sp.csr_matrix((ones, (triples[:, 1], codes[half:])), shape=(r, len(pairs)))
-    return np.asarray((holds @ held.T).todense())
+    return holds, held
 
 
 def _drop_mirrored(triples: np.ndarray, n: int, symmetric: Sequence[int]) -> np.ndarray:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kgrec_jax.data import graph_endpoint
-from kgrec_jax.data.graph_spill import Keep, Spilled, finish, labels, neighbours, redirect, rewrite, spill
+from kgrec_jax.data.graph_numbers import Numbers, bucket_literals
+from kgrec_jax.data.graph_spill import Finished, Keep, Spilled, finish, labels, neighbours, redirect, rewrite, spill
 from kgrec_jax.data.graph_workers import Workers
 from kgrec_jax.data.names import relation_name
 from kgrec_jax.data.rdf_terms import Piece, bare, format_of, pieces
@@ -40,12 +41,14 @@ class BuildConfig:
     languages: tuple[str, ...] = ("en",)  # of names and texts, best first
     store: str = "memory"  # "oxigraph" keeps an on-disk store of the dump beside, for SPARQL
     endpoint: str = ""  # a SPARQL endpoint to ask instead of files
+    numbers: int = 0  # buckets that the numbers and dates of a relation are put into, as entities; 0: text alone
     processes: int = 1  # beyond one, pieces of N-Triples and several files are parsed at once
 
 
 def build_graph(cfg: BuildConfig, out: Path, tracker: Tracker) -> list[str]:
     """Write the dataset folder `out` (triples.tsv, entities.tsv, relations.tsv); returns lines that say what was done.
 
+    The source of a triple is the name of its file, or the endpoint's address.
     `out` must not exist or be empty; it appears complete or not at all. Needs room on disk for about twice the dump.
     Raises KgrecError for malformed RDF, items that are no IRIs or nowhere in the dump, two items that owl:sameAs makes
     one, and an endpoint that fails.
@@ -58,10 +61,12 @@ def build_graph(cfg: BuildConfig, out: Path, tracker: Tracker) -> list[str]:
                          "--rdf FILE… and --endpoint URL")
     if cfg.endpoint and not cfg.items:
         raise KgrecError("--items: found none with an endpoint, expected the items whose neighbourhood is asked for")
+    if cfg.numbers < 0 or cfg.numbers == 1:
+        raise KgrecError(f"--numbers: found {cfg.numbers}, expected at least 2 buckets, or 0 for none")
     if cfg.hops < 1:
         raise KgrecError(f"--hops: found {cfg.hops}, expected at least 1")
-    items = read_items(cfg.items) if cfg.items else {}
     notes: list[str] = []
+    items = read_items(cfg.items, notes) if cfg.items else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / "folder"
@@ -82,10 +87,10 @@ def build_graph(cfg: BuildConfig, out: Path, tracker: Tracker) -> list[str]:
     return notes
 
 
-def read_items(path: Path) -> dict[str, str]:
+def read_items(path: Path, notes: list[str]) -> dict[str, str]:
     """{"<IRI>": item} from a file with an IRI a line, or from the column entity_id (else item_id) of a dataset folder.
 
-    Raises KgrecError where there is none.
+    `notes` gets a line on what is no IRI. Raises KgrecError where there is none.
     """
     if path.is_dir():
         found = find_table(path, "items")
@@ -93,16 +98,24 @@ def read_items(path: Path) -> dict[str, str]:
             raise KgrecError(f"{path}: found no items.tsv, expected a dataset folder with items, or a file of IRIs")
         table = read_table(found, {"item_id": "id"}, {"entity_id": "text"})
         ids = table["item_id"].strings()
-        pairs = zip(table["entity_id"] if "entity_id" in table else ids, ids, strict=True)
+        pairs = list(zip(table["entity_id"] if "entity_id" in table else ids, ids, strict=True))
     elif path.is_file():
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        pairs = ((line.strip().strip("<>"), line.strip()) for line in lines)
+        pairs = [(line.strip().strip("<>"), line.strip()) for line in lines if line.strip()]
     else:
         raise KgrecError(f"{path}: found no such file or folder, expected IRIs, one a line, or a dataset folder")
-    items = {f"<{entity}>": item for entity, item in pairs if ":" in entity and not set(entity) & set(' <>"\t')}
+    items = {f"<{entity}>": item for entity, item in pairs if _is_iri(entity)}
     if not items:
         raise KgrecError(f"{path}: found no IRI, expected one a line, or the column entity_id of a dataset folder")
+    others = [item for entity, item in pairs if not _is_iri(entity)]
+    if others:
+        notes.append(f"{path}: {len(others):,} of {len(pairs):,} items have no IRI (first: {others[0]}): not looked "
+                     "for")
     return items
+
+
+def _is_iri(word: str) -> bool:
+    return ":" in word and not set(word) & set(' <>"\t')
 
 
 def _build(cfg: BuildConfig, items: Mapping[str, str], parts: Sequence[Piece], scratch: Path, folder: Path,
@@ -112,7 +125,8 @@ def _build(cfg: BuildConfig, items: Mapping[str, str], parts: Sequence[Piece], s
     notes: list[str] = []
     near = _reach(items, cfg.hops, wanted, workers, notes) if items and not cfg.endpoint else None
     while True:
-        total = Spilled.join(workers.map("triples", spill, scratch, count, Keep(near, wanted, near is None)))
+        total = Spilled.join(workers.map("triples", spill, scratch, count,
+                                         Keep(near, wanted, near is None, source=cfg.endpoint)))
         others = frozenset(e for pair in total.same for e in pair) - near if near is not None else frozenset()
         if not others:
             break
@@ -132,23 +146,42 @@ def _build(cfg: BuildConfig, items: Mapping[str, str], parts: Sequence[Piece], s
         redirect(scratch, count, same)
         notes.append(f"owl:sameAs merges {len(same):,} entities into others")
     names = _relation_names(cfg, total, scratch, count, notes)
-    write_tsv(folder / "relations.tsv", {"relation": [bare(r) for r in sorted(total.relations)],
-                                         "name": [names[r] for r in sorted(total.relations)]})
-    finished = workers.each(finish, range(count), scratch, cfg.languages, names, frozenset(items))
+    finished = workers.each(finish, range(count), scratch, cfg.languages, names, frozenset(items), cfg.numbers > 0)
+    numbers = Numbers(0, frozenset(), 0, [])
+    if cfg.numbers:
+        source = cfg.endpoint or ", ".join(path.name for path in cfg.rdf)
+        numbers = bucket_literals(scratch, count, cfg.numbers, source, scratch / f"triples.{len(parts)}",
+                                  scratch / f"entities.{count}")
+    relations = sorted(total.relations | numbers.relations)
+    write_tsv(folder / "relations.tsv", {"relation": [bare(r) for r in relations],
+                                         "name": [names[r] for r in relations]})
     _concatenate(folder / "entities.tsv", "entity_id\tname\tdescription\n",
-                 [scratch / f"entities.{k}" for k in range(count)])
-    _concatenate(folder / "triples.tsv", "head_id\trelation\ttail_id\n",
-                 [scratch / f"triples.{k}" for k in range(len(parts))],
+                 [scratch / f"entities.{k}" for k in range(count + 1)])
+    _concatenate(folder / "triples.tsv", "head_id\trelation\ttail_id\tsource\n",
+                 [scratch / f"triples.{k}" for k in range(len(parts) + 1)],
                  (lambda path: rewrite(path, same)) if same else None)
-    entities, unnamed = sum(f.entities for f in finished), sum(f.unnamed for f in finished)
-    counts = sum((f.counts for f in finished), Counter())
-    notes = [f"{total.triples:,} triples, {entities:,} entities, {len(total.relations):,} relations; {unnamed:,} "
-             "entities have no name", *notes]
+    return _summary(items, wanted, total, numbers, finished, len(relations), notes)
+
+
+def _summary(items: Mapping[str, str], wanted: frozenset[str], total: Spilled, numbers: Numbers,
+             finished: Sequence[Finished], relations: int, notes: list[str]) -> list[str]:
+    """Counts of what was written first, of what was left out last; nothing goes without one."""
+    entities, unnamed = sum(f.entities for f in finished) + numbers.entities, sum(f.unnamed for f in finished)
+    notes = [f"{total.triples + numbers.triples:,} triples, {entities:,} entities, {relations:,} relations; "
+             f"{unnamed:,} entities have no name", *notes, *numbers.notes]
     if total.quoted:
         notes.append(f"{total.quoted:,} statements about statements: not used")
+    several = sum(f.several_types for f in finished)
+    if several:
+        notes.append(f"{several:,} entities have more than one type; each type is a triple")
+    unused = sorted(wanted - total.relations - numbers.relations - {SAME_AS})
+    if unused:
+        notes.append(f"{len(unused):,} of {len(wanted):,} relations of --relations are in no triple kept (first: "
+                     f"{bare(unused[0])})")
     absent = len(items) - sum(f.items for f in finished)
     if items and absent:
         notes.append(f"{absent:,} of {len(items):,} items are in no triple")
+    counts = sum((f.counts for f in finished), Counter())
     return notes + [f"{n:,} {kind}: not used" for kind, n in sorted(counts.items())]
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kgrec_jax.data.graph_numbers import write_literals
 from kgrec_jax.data.names import name_from_id
 from kgrec_jax.data.rdf import compact
 from kgrec_jax.data.rdf_terms import BlankNodes, Piece, bare, coded, statements
-from kgrec_jax.data.rdf_words import NAMES, SAME_AS, Words
+from kgrec_jax.data.rdf_words import NAMES, SAME_AS, TYPE, Words
 
 _BUFFER = 1 << 24  # characters on their way to the partitions
 _SEEN = 1 << 17  # entities remembered as written: most mentions of an entity stand close together
@@ -32,6 +33,7 @@ class Keep:
     relations: frozenset[str]  # triples of these; none: all
     words: bool  # whether literals are kept
     about: frozenset[str] | None = None  # literals of these subjects; None: all
+    source: str = ""  # who states the triples; "": the file that is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Finished:
     entities: int
     unnamed: int
     items: int
+    several_types: int  # entities of more than one rdf:type
     counts: Counter[str]
 
 
@@ -133,7 +136,10 @@ def spill(piece: Piece, number: int, told: Told, scratch: Path, count: int, keep
                 continue
             triples += len(facts)
             relations.update(terms[k] for k in compact(facts[:, 1], len(terms))[0].tolist())
-            file.write(_lines(terms, facts))
+            kind = terms.index(TYPE) if TYPE in terms else -1
+            for h, r, t in facts[facts[:, 1] == kind].tolist():
+                parts.add(terms[h], f"{terms[h]} {terms[r]} {terms[t]}")  # types of an entity are counted together
+            file.write(_lines(terms, facts, keep.source or piece.path.name))
             if len(seen) > _SEEN:
                 seen = set()
             for k in compact(facts[:, [0, 2]], len(terms))[0].tolist():
@@ -145,10 +151,11 @@ def spill(piece: Piece, number: int, told: Told, scratch: Path, count: int, keep
     return Spilled(triples, frozenset(relations), frozenset(predicates), same, quoted)
 
 
-def _lines(terms: Sequence[str], facts: np.ndarray) -> memoryview:
+def _lines(terms: Sequence[str], facts: np.ndarray, source: str) -> memoryview:
     """The rows as lines of triples.tsv: Arrow keeps joined strings one after another, just as a file has them."""
+    end = "\t" + " ".join(source.split()) + "\n"
     ids = pa.array([bare(t) for t in terms], pa.string())
-    ends = pc.binary_join_element_wise(ids, "\n", "")
+    ends = pc.binary_join_element_wise(ids, end, "")
     rows = pc.binary_join_element_wise(ids.take(pa.array(facts[:, 0])), ids.take(pa.array(facts[:, 1])),
                                        ends.take(pa.array(facts[:, 2])), "\t")
     offsets = np.frombuffer(rows.buffers()[1], np.int32)[rows.offset:rows.offset + len(rows) + 1]
@@ -208,8 +215,8 @@ def rewrite(path: Path, same: Mapping[str, str]) -> None:
     fresh = path.with_name(f"fresh.{path.name}")
     with open(path, encoding="utf-8", newline="\n") as old, open(fresh, "w", encoding="utf-8", newline="\n") as new:
         for line in old:
-            head, relation, tail = line[:-1].split("\t")
-            new.write(f"{names.get(head, head)}\t{relation}\t{names.get(tail, tail)}\n")
+            head, relation, tail, rest = line.split("\t")
+            new.write(f"{names.get(head, head)}\t{relation}\t{names.get(tail, tail)}\t{rest}")
     os.replace(fresh, path)
 
 
@@ -227,14 +234,17 @@ def labels(scratch: Path, count: int, wanted: Collection[str], languages: Sequen
 
 
 def finish(k: int, scratch: Path, languages: Sequence[str], relation_names: Mapping[str, str],
-           items: Collection[str]) -> Finished:
-    """Write entities.K from a partition, which is removed."""
-    words, entities = Words(languages), {}
+           items: Collection[str], numbers: bool = False) -> Finished:
+    """Write entities.K from a partition, which is removed, and with `numbers` its literals to literals.K."""
+    words, entities, types = Words(languages), {}, {}
     for line in _partition(scratch, k):
         head, _, rest = line.partition(" ")
         if rest:
             relation, _, literal = rest.partition(" ")
-            words.add(head, relation, literal)
+            if literal[0] == '"':
+                words.add(head, relation, literal)
+            else:
+                types.setdefault(head, set()).add(literal)
         else:
             entities[head] = None
     unnamed = 0
@@ -243,10 +253,13 @@ def finish(k: int, scratch: Path, languages: Sequence[str], relation_names: Mapp
             name = words.name(entity) or name_from_id(bare(entity))
             unnamed += not name
             file.write(f"{bare(entity)}\t{name}\t{words.text(entity, relation_names)}\n")
+    if numbers:
+        write_literals(words, entities, scratch / f"literals.{k}")
     for path in scratch.glob(f"part.{k}.*"):
         path.unlink()
     counts = words.counts
     astray = {*words.names, *words.descriptions, *words.texts} - entities.keys() - relation_names.keys()
     if astray:
         counts["subjects of literals that stand in no triple"] += len(astray)
-    return Finished(len(entities), unnamed, sum(e in items for e in entities), counts)
+    several = sum(len(found) > 1 for found in types.values())
+    return Finished(len(entities), unnamed, sum(e in items for e in entities), several, counts)

@@ -145,6 +145,11 @@ def _located(piece: Piece, name: str, error: SyntaxError) -> KgrecError:
             line += _lines_before(file, piece.start)
     if not line and name == "RDF_XML":
         line, column, found = _xml_position(piece.path, found)
+    if line and line > 1 and "line jumps" in found:  # the parser is at the next line when it misses the end of this one
+        line -= 1
+        with open(piece.path, "rb") as raw, unpacked(piece.path, raw) as file:
+            text = next(itertools.islice(file, line - 1, line), b"")
+        column = len(text.rstrip(b"\r\n").decode("utf-8", "replace")) + 1
     place = f"{piece.path}:{line}:{column or 1}" if line else f"{piece.path}"
     hint = "declare it" if "prefix" in found.lower() else "correct the line"
     if "No scheme" in found:

@@ -16,7 +16,8 @@ from kgrec_jax.data.tables import Table, find_table, read_table
 from kgrec_jax.data.texts import join_columns, separator
 from kgrec_jax.errors import KgrecError
 
-_COLUMNS = {"head_id": "id", "relation": "id", "tail_id": "id"}
+TRIPLE_COLUMNS = {"head_id": "id", "relation": "id", "tail_id": "id"}
+PROVENANCE = {"source": "id", "confidence": "float"}  # may be absent; see data/provenance.py
 
 
 def triple_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -51,7 +52,7 @@ def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: S
     if files and rdf:
         raise KgrecError(f"{folder}: found both {next(iter(files.values())).name} and {rdf[0].name}, expected one "
                          "graph; move one away")
-    tables = {part: read_table(path, _COLUMNS) for part, path in files.items()}
+    tables = {part: read_table(path, TRIPLE_COLUMNS) for part, path in files.items()}
     triples, part = _read_triples(tables, rows, relations, notes)
     said: RdfGraph | None = None
     if rdf:
@@ -73,8 +74,9 @@ def read_graph(folder: pathlib.Path, item_entities: Sequence[str], item_names: S
                          f"{head!r}), expected items by their entity_id (such as "
                          f"{item_entities[0]!r}); correct the column entity_id of the item table")
     for table in tables.values():
-        if table.ignored:
-            notes.append(f"{table.path.name}: columns not used: {', '.join(table.ignored)}")
+        ignored = [column for column in table.ignored if column not in PROVENANCE]
+        if ignored:
+            notes.append(f"{table.path.name}: columns not used: {', '.join(ignored)}")
     unnamed = sum(not name for name in names[num_items:])
     if unnamed:
         notes.append(f"entities: {unnamed:,} of {len(names) - num_items:,} have no name; each is known by its vector "
