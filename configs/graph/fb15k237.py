@@ -1,4 +1,4 @@
-"""Link prediction on FB15k-237 by structure and rules: kgrec graph graph/fb15k237 --data.path FOLDER --workdir RUN."""
+"""Link prediction on FB15k-237 by structure: kgrec graph graph/fb15k237 --data.path FOLDER --workdir RUN."""
 
 from kgrec_jax.config import Experiment
 from kgrec_jax.models.scorers import ScorerOptions
@@ -11,7 +11,8 @@ def get_config() -> Experiment:
         name="fb15k237",
         pretrain=pretrain.Config(mode="off"),
         graph=graph.Config(
-            scorer="complex", dim=512, options=ScorerOptions(input_dropout=0.3, query_dropout=0.2), rivals="all",
-            batch=256, steps=12_000, n3=0.03, relation_weight=0.3,
-            optim=OptimConfig(name="adagrad", peak_lr=0.1, schedule="linear", warmup_share=0.0, clip_norm=0.0),
-            rules="on", encoder_mode="off", checkpoint_every=1000, log_every=50))
+            scorer="complex", dim=512, options=ScorerOptions(input_dropout=0.2, query_dropout=0.1), rivals="all",
+            batch=256, steps=14_000, n3=0.05, relation_weight=0.5,
+            optim=OptimConfig(name="adagrad", peak_lr=0.1, schedule="linear", warmup_share=0.0, clip_norm=0.0,
+                              accumulator=0.0),
+            encoder_mode="off", checkpoint_every=1000, log_every=50))

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 NDCG, RECALL = "ndcg@10", "recall@20"
 HEADLINE = (NDCG, RECALL)
 LINK_METRICS = ("mrr", "hits@1", "hits@3", "hits@10")
-_TITLES = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "map": "MAP", "hit": "Hit", "hits": "Hits", "precision": "Precision"}
+_TITLES = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "map": "MAP", "hit": "Hit", "hits": "Hits",
+           "precision": "Precision"}
 
 
 def metric_title(metric: str) -> str:

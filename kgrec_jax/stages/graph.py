@@ -23,6 +23,7 @@ from kgrec_jax.evaluation.mixture import choose_mixture
 from kgrec_jax.linear.rule_scorer import RuleScorer
 from kgrec_jax.linear.rules import mine_rules
 from kgrec_jax.models.graph_embedding import GraphEmbedding
+from kgrec_jax.stages.graph_bi_encoder import train_bi_encoder
 from kgrec_jax.stages.graph_config import Config, check
 from kgrec_jax.stages.graph_data import LinkData, link_data, training_graph
 from kgrec_jax.stages.graph_structure import evaluate, make_model, make_plan, structure_scorer, train_structure
@@ -54,8 +55,11 @@ def run(experiment: Any, run: Any) -> dict:
         text = train_text(experiment, run, model, data, tables)
     results["text"] = text.results
     scorers = {"structure": structure_scorer(model, text.tables)}
+    vectors, results["bi_encoder"] = train_bi_encoder(experiment, run, data)
+    if vectors is not None:
+        scorers["text"] = vectors.scores
     if text.scorer is not None and not cfg.text_eval:
-        scorers["text"] = text.scorer
+        scorers["text" if vectors is None else "soft-tokens"] = text.scorer
     if cfg.rules == "on":
         scorers["rules"], results["rules"] = _rule_scorer(cfg, data, run.tracker.say)
     results["mixture"], results["link_prediction"] = _judge(cfg, data, scorers, experiment.seed, run.tracker.say)

@@ -11,6 +11,7 @@ from kgrec_jax.linear.rules import RuleConfig
 from kgrec_jax.linear.rules import check as check_rules
 from kgrec_jax.models.scorers import ScorerOptions, get_scorer
 from kgrec_jax.optim import OptimConfig
+from kgrec_jax.stages import graph_bi_encoder
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 
 
@@ -52,6 +53,7 @@ class Config:
     table_optim: OptimConfig = OptimConfig(name="sgd", peak_lr=0.05, schedule="linear")  # V, U in text steps
     bridge_optim: OptimConfig = OptimConfig(peak_lr=5e-3)  # projections between tables and encoder
     encoder_optim: OptimConfig = OptimConfig(peak_lr=3e-4)  # adapters, or the whole encoder
+    bi_encoder: graph_bi_encoder.Config = graph_bi_encoder.Config()  # triples and entities by their texts alone
     rules: Literal["off", "on"] = "off"  # Horn rules of the training triples, whose score joins the mixture
     rule_mining: RuleConfig = RuleConfig()  # which rules are kept
     rule_score: RuleScoreConfig = RuleScoreConfig()  # how rules that derive the same triple add up
@@ -65,17 +67,18 @@ def check(cfg: Config) -> None:
     """KgrecError naming the first field that no training can do anything with."""
     many = 1 << 30
     bounds = {"dim": (2, many), "steps": (0, many), "epochs": (1, many), "batch": (1, many), "tails": (1, many),
-              "candidates": (1, many), "n3": (0.0, 1e3), "dura": (0.0, 1e3),
-              "relation_weight": (0.0, 1e3), "margin": (0.0, 1e3), "adversarial": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
-              "unseen_share": (0.0, 0.9),
-              "heldout_limit": (0, many), "text_steps": (0, many), "text_batch": (1, many), "text_length": (8, many),
-              "withhold": (0.0, 1.0), "lora_rank": (1, many), "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9),
-              "text_eval": (0, many), "mixture_triples": (0, many)}
+              "candidates": (1, many), "margin": (0.0, 1e3), "adversarial": (0.0, 1e3), "n3": (0.0, 1e3),
+              "dura": (0.0, 1e3), "relation_weight": (0.0, 1e3), "valid_share": (0.0, 0.5), "test_share": (0.0, 0.5),
+              "heldout_limit": (0, many), "unseen_share": (0.0, 0.9), "text_steps": (0, many),
+              "text_batch": (1, many), "text_length": (8, many), "withhold": (0.0, 1.0), "lora_rank": (1, many),
+              "mlm_weight": (0.0, 1e3), "mask_share": (0.0, 0.9), "text_eval": (0, many),
+              "mixture_triples": (0, many)}
     check_bounds("graph", cfg, bounds)
     rates = dict.fromkeys(("input_dropout", "hidden_dropout", "query_dropout"), (0.0, 0.95))
     check_bounds("graph.options", cfg.options, rates | {"core_rank": (0, many), "channels": (1, many),
                                                         "kernel": (1, 15)})
     check_rules(cfg.rule_mining)
+    graph_bi_encoder.check(cfg.bi_encoder)
     scorer = get_scorer(cfg.scorer, cfg.dim, cfg.options)
     sampled = cfg.rivals in ("sampled", "per-query")
     if cfg.loss == "margin" and not sampled:
