@@ -29,6 +29,7 @@ _CANDIDATES = 3  # encoders that read some of the items before one of them reads
 _FLOPS = 5e10  # a second, of inverses and matrix products
 _INVERSES, _KERNELS = 12, 60  # item-item matrices that EASE's and the ridge's settings are chosen among
 _TOWER_FLOPS = 1.5e10  # a second, of a towers' step
+_PROPAGATED = 2e8  # numbers along links a second, of a training step
 _ROWS = 10  # models that the report ranks
 _SCORES_PER_SECOND = 1.5e7
 
@@ -168,6 +169,11 @@ def _fuse(cfg: fuse.Config, dataset: Dataset, reader: _Reader, tokenizer: Tokeni
     steps = cfg.training.num_steps(len(np.unique(dataset.interactions.user)))
     words, seconds = [f"2 × {steps:,} of {cfg.batch} users + {cfg.gate.steps} of the gate"], 10.0
     seconds += 2 * (3.0 + steps * 24.0 * cfg.batch * items * cfg.tower.width / _TOWER_FLOPS)
+    if cfg.propagator is not None:
+        passes = cfg.propagator.training.num_steps(len(np.unique(dataset.interactions.user)))
+        words.append(f"2 × {passes:,} of {cfg.propagation}")
+        links = 2.0 * (len(dataset.interactions) + len(dataset.graph.triples))
+        seconds += 2 * (5.0 + passes * links * cfg.propagation_dim * cfg.propagation_layers / _PROPAGATED)
     tokens = 0.0 if strange else _tokens(dataset, tokenizer, cfg.text_length)
     if tokens:
         compared = min(tokens, COMPARED_TOKENS) * _CANDIDATES if cfg.text_encoder == "choose" else 0.0

@@ -15,7 +15,7 @@ from kgrec_jax.data.folder import DataConfig, write_folder
 from kgrec_jax.data.text import load_tokenizer
 from kgrec_jax.data.toy import toy_world
 from kgrec_jax.pretrained.hf import load_encoder
-from kgrec_jax.stages import fuse, graph, pretrain
+from kgrec_jax.stages import fuse, graph, graph_bi_encoder, pretrain
 from kgrec_jax.tracking import write_json
 from kgrec_jax.workdir import Run
 
@@ -88,6 +88,16 @@ def test_a_language_that_the_tokenizer_does_not_know(world, tmp_path):
     found = stage_budgets(Experiment(), toy_world(num_users=60, num_items=60, language="zh"), tokenizer)
     assert "[UNK]" in found["pretrain"].skipped and "no text" in found["graph"].steps
     assert "tokens" not in found["fuse"].steps
+
+
+def test_what_is_chosen_beside_the_usual_is_counted(world):
+    usual = stage_budgets(Experiment(), world)
+    cfg = Experiment(graph=graph.Config(rules="on", bi_encoder=graph_bi_encoder.Config(mode="full", steps=70)),
+                     fuse=fuse.Config(propagation="kgin", propagation_steps=80))
+    found = stage_budgets(cfg, world)
+    assert "+ 70 of 128 queries and answers" in found["graph"].steps and found["graph"].steps.endswith("+ rules")
+    assert "2 × 80 of kgin" in found["fuse"].steps
+    assert all(found[name].seconds > usual[name].seconds for name in ("graph", "fuse"))
 
 
 def test_a_larger_encoder_takes_longer(world, tmp_path):
