@@ -24,7 +24,7 @@ from kgrec_jax.models.graph_embedding import load_graph_embedding
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.sharding import MeshConfig, make_mesh
 from kgrec_jax.stages import graph as stage
-from kgrec_jax.stages import graph_structure, graph_text, pretrain
+from kgrec_jax.stages import graph_bi_encoder, graph_structure, graph_text, pretrain
 from kgrec_jax.tracking import Tracker
 
 SMALL = stage.Config(dim=16, steps=60, batch=64, tails=4, test_share=0.1, text_steps=12, text_batch=16, text_length=16,
@@ -335,3 +335,20 @@ def test_rules_of_the_training_triples_join_the_mixture(world, tmp_path, encoder
     bad = dataclasses.replace(cfg, rule_mining=RuleConfig(min_confidence=2.0))
     with pytest.raises(KgrecError, match="min_confidence: found 2.0"):
         stage.check(bad)
+
+
+def test_the_bi_encoder_joins_the_mixture_and_reads_unseen_entities(world, tmp_path, encoder_folder):
+    pair = graph_bi_encoder.Config(mode="full", batch=16, steps=30, length=16, refresh=16, checkpoint_every=0,
+                                   optim=OptimConfig(peak_lr=3e-3))
+    cfg = dataclasses.replace(SMALL, steps=5, encoder_mode="off", unseen_share=0.2, bi_encoder=pair)
+    results, _ = train(tmp_path, world, encoder_folder, cfg)
+    links = results["link_prediction"]
+    assert set(results["mixture"]) == {"structure", "text"} and results["split"] == "unseen entities"
+    assert links["text"]["test"]["mrr"] > 1.5 * links["structure"]["test"]["mrr"]  # whose rows were never trained
+    assert results["mixture"]["text"] > 0.5 and links["valid"]["mrr"] >= links["structure"]["valid"]["mrr"]
+    weights, entities, scale = graph_bi_encoder.load_bi_encoder(tmp_path / "graph")
+    assert len(entities) == results["entities"] and scale > 0 and weights
+    again, _ = train(tmp_path, world, encoder_folder, cfg)
+    assert again["link_prediction"] == links  # what is finished is read
+    with pytest.raises(KgrecError, match="graph.bi_encoder.batch: found 1"):
+        stage.check(dataclasses.replace(cfg, bi_encoder=dataclasses.replace(pair, batch=1)))

@@ -20,5 +20,5 @@ def get_config() -> Experiment:
             rules="on", rule_mining=RuleConfig(min_support=1, min_confidence=0.001, bodies_per_constant=1000),
             encoder_mode="off", checkpoint_every=500, log_every=50,
             bi_encoder=graph_bi_encoder.Config(
-                mode="full", batch=128, steps=1000, refresh=96,
+                mode="full", batch=128, steps=400, refresh=128,
                 optim=OptimConfig(peak_lr=2e-4, schedule="linear", warmup_share=0.05))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -85,6 +86,11 @@ def _cosines(queries: jax.Array, entities: jax.Array) -> jax.Array:
     return jnp.where((entities != 0.0).any(axis=1)[None, :], queries @ entities.T, -1.0)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all evaluations of a model
+def _encode_rows(model: BiEncoder, weights: dict, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.encode_rows(weights, ids, mask)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoding:
     """Encodes the texts of entities and queries, those of new entities too, with given weights."""
@@ -111,7 +117,7 @@ class TextEncoding:
     def _encode(self, weights: dict, lengths: np.ndarray, write: Callable[[int, int], list[int]]) -> np.ndarray:
         """Sorted by length and padded to multiples of eight tokens, so that few shapes are compiled."""
         shares = self.mesh.shape["data"]
-        batch, encode = -(-self.batch // shares) * shares, jax.jit(self.model.encode_rows)
+        batch = -(-self.batch // shares) * shares
         out = np.zeros((len(lengths), self.model.encoder.hidden_size), np.float32)
         padded = np.minimum(-(-lengths // 8) * 8, self.length)
         for length in np.unique(padded)[::-1].tolist():
@@ -119,7 +125,8 @@ class TextEncoding:
             for start in range(0, len(members), batch):
                 chosen = members[start:start + batch]
                 ids, mask = write_rows(chosen, write, batch, length, self.words.pad)
-                out[chosen] = np.asarray(encode(weights, *put_batch((ids, mask), self.mesh)))[:len(chosen)]
+                vectors = _encode_rows(self.model, weights, *put_batch((ids, mask), self.mesh))
+                out[chosen] = np.asarray(vectors)[:len(chosen)]
         return out
 
 
