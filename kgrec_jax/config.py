@@ -201,7 +201,8 @@ def _unknown(flag: str, fields: dict[str, Field]) -> str:
     group = name.rpartition(".")[0]
     known = any(f.startswith(group + ".") for f in fields)
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
-    close = near or [f for f in fields if f.rpartition(".")[2] == name.rpartition(".")[2]][:3]
+    named_so = [f for f in fields if f.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = near or sorted(named_so, key=lambda f: f.count("."))[:3]  # the outermost are the likeliest
     expected = f"one of the fields of {group}" if known else "a field of the config"
     meant = f"did you mean {' or '.join(fields[n].flag for n in close)}?"
     return f"{flag}: unknown field, expected {expected}; {meant if close else 'kgrec run CONFIG --help lists them'}"
