@@ -28,9 +28,16 @@ def _peft(argv: list[str]) -> int:
     return peft.run(argv)
 
 
+def _graph(argv: list[str]) -> int:
+    from kgrec_jax.bench import graph
+
+    return graph.run(argv)
+
+
 # Another bench is a function beside those above (JAX is imported inside it) and an entry here.
 BENCHES = {
     "language": Bench("masked-LM training and encoding: tokens/s, utilisation, peak memory", _language),
+    "graph": Bench("link prediction: training queries/s, sampled positives/s, filtered ranks/s, memory", _graph),
     "peft": Bench("every way to tune an encoder: share, memory, tokens/s, quality on a graph task", _peft),
 }
 

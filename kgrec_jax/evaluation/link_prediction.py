@@ -39,11 +39,16 @@ class KnownTails:
     @staticmethod
     def of(triples: np.ndarray, num_relations: int) -> KnownTails:
         """The lists of `triples` [T, 3], inverses added here."""
-        both = np.unique(add_inverses(triples, num_relations).astype(np.int64), axis=0)
-        pairs = both[:, 0] * (2 * num_relations) + both[:, 1]
-        keys, first = np.unique(pairs, return_index=True)
-        starts = np.append(first, len(both)).astype(np.int64)
-        return KnownTails(keys, starts, both[:, 2].astype(np.int32), num_relations)
+        head, relation, tail = add_inverses(triples, num_relations).astype(np.int64).T
+        pairs = head * (2 * num_relations) + relation
+        width = int(tail.max(initial=0)) + 1
+        if int(pairs.max(initial=0)) < np.iinfo(np.int64).max // width:  # one number a triple sorts faster than three
+            pairs, tail = np.divmod(np.unique(pairs * width + tail), width)
+        else:
+            pairs, tail = np.unique(np.stack([pairs, tail], axis=1), axis=0).T
+        first = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])) if len(pairs) else np.zeros(0, np.int64)
+        starts = np.append(first, len(pairs)).astype(np.int64)
+        return KnownTails(pairs[first], starts, tail.astype(np.int32), num_relations)
 
     def pairs(self, heads: np.ndarray, relations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(row [n], tail [n]): every known tail of each query row; a query without any has no row."""
@@ -58,47 +63,89 @@ class KnownTails:
 
 
 @jax.jit
-def _ranks(scores: jax.Array, targets: jax.Array, rows: jax.Array, tails: jax.Array, num_entities: jax.Array):
-    """Realistic ranks [b] from scores [b, Np]; (rows, tails) [F] are left out, a row of b is padding."""
-    b = scores.shape[0]
-    own = jnp.take_along_axis(scores, targets[:, None], axis=1)  # [b, 1]
+def _ranks(scores: jax.Array, query: jax.Array, targets: jax.Array, rows: jax.Array, tails: jax.Array,
+           num_entities: jax.Array):
+    """Realistic ranks [t] of `targets` [t], each of the `query` [t] that asked, from scores [b, Np].
+
+    (rows, tails) [F] are left out of the ranking of target `rows`; a row of t is padding.
+    """
+    t = targets.shape[0]
+    own = scores[query, targets]  # [t]
+    asked = scores[query]  # [t, Np]
     real = jnp.arange(scores.shape[1])[None, :] < num_entities
-    # Written as "not ≤", so that a NaN anywhere makes a rank worse and never better.
-    above = jnp.sum(~(scores <= own) & real, axis=1)
-    equal = jnp.sum((scores == own) & real, axis=1)
-    left_out = scores[jnp.minimum(rows, b - 1), tails]  # [F]
-    own_of = own[jnp.minimum(rows, b - 1), 0]
-    drop = lambda hit: jnp.zeros(b, jnp.int32).at[rows].add(hit.astype(jnp.int32), mode="drop")  # noqa: E731
-    above = above - drop(~(left_out <= own_of))
-    equal = equal - drop(left_out == own_of)
+    # Twice the better ones and once the equal ones in a single pass. Written as "not ≤" and "not <", so that a NaN
+    # anywhere makes a rank worse and never better.
+    ahead = lambda s, o: (~(s <= o)).astype(jnp.int32) + (~(s < o)).astype(jnp.int32)  # noqa: E731
+    count = jnp.sum(jnp.where(real, ahead(asked, own[:, None]), 0), axis=1)
+    place = jnp.minimum(rows, t - 1)
+    left_out = ahead(scores[query[place], tails], own[place])  # [F]
+    count = count - jnp.zeros(t, jnp.int32).at[rows].add(left_out, mode="drop")
     # The target itself is among the equal ones unless its score is NaN.
-    return 1.0 + above.astype(jnp.float32) + 0.5 * jnp.maximum(equal - 1, 0).astype(jnp.float32)
+    return 1.0 + 0.5 * (count - (own == own).astype(jnp.int32)).astype(jnp.float32)
 
 
 def rank_tails(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray, *,
                known: KnownTails, num_entities: int, block: int = 0) -> np.ndarray:
     """Filtered realistic rank of each tail, [Q] float64, 1 is best.
 
-    `score_block` is called with fixed-length blocks (the last one padded); columns past `num_entities` are ignored.
-    `block` 0 takes as many queries at once as keep a block of scores under 64 MiB. The result does not depend on it.
+    `score_block` is called with fixed-length blocks of the queries in their order (the last one padded); columns past
+    `num_entities` are ignored. `block` 0 takes as many queries at once as keep a block of scores under 64 MiB. The
+    result does not depend on it.
     """
-    if block <= 0:
-        block = int(np.clip(2**24 // max(num_entities, 1), 8, 512))
+    block = _block(block, num_entities)
     out = np.zeros(len(heads), np.float64)
     for start in range(0, len(heads), block):
         index = np.minimum(np.arange(start, start + block), len(heads) - 1)
         h, r, t = heads[index], relations[index], tails[index]
-        rows, filtered = known.pairs(h, r)
-        others = filtered != t[rows]
-        rows, filtered = rows[others], filtered[others]
-        # Lengths are rounded up to powers of two: a handful of compilations instead of one a block.
-        size = max(64, 1 << int(len(rows) - 1).bit_length()) if len(rows) else 64
-        rows = np.concatenate([rows, np.full(size - len(rows), block, np.int32)]).astype(np.int32)
-        filtered = np.concatenate([filtered, np.zeros(size - len(filtered), np.int32)]).astype(np.int32)
-        ranks = _ranks(score_block(h, r), jnp.asarray(t, jnp.int32), rows, filtered, num_entities)
-        kept = min(block, len(heads) - start)
-        out[start:start + kept] = np.asarray(ranks, np.float64)[:kept]
+        ranks = _block_ranks(score_block(h, r), np.arange(block), h, r, t, known, num_entities)
+        out[start:start + block] = ranks[:len(heads) - start]
     return out
+
+
+def _rank_distinct(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray, *,
+                   known: KnownTails, num_entities: int, block: int) -> np.ndarray:
+    """`rank_tails` where each distinct (head, relation) is scored once, whatever the number of its tails.
+
+    Of FB15k-237's 40,932 test queries 22,850 are distinct.
+    """
+    block = _block(block, num_entities)
+    piece = max(block // 4, 1)  # tails ranked at once: one shape, and little padding at the end of a block
+    _, first, query = np.unique(heads.astype(np.int64) * (2 * known.num_relations) + relations, return_index=True,
+                                return_inverse=True)
+    query = query.reshape(-1)
+    order = np.argsort(query, kind="stable")
+    out = np.zeros(len(heads), np.float64)
+    for start in range(0, len(first), block):
+        asked = first[np.minimum(np.arange(start, start + block), len(first) - 1)]
+        scores = score_block(heads[asked], relations[asked])
+        low, high = np.searchsorted(query[order], [start, start + block])
+        for at in range(low, high, piece):
+            index = order[np.minimum(np.arange(at, at + piece), high - 1)]
+            ranks = _block_ranks(scores, query[index] - start, heads[index], relations[index], tails[index], known,
+                                 num_entities)
+            out[index] = ranks  # the padding repeats the last one
+    return out
+
+
+def _block(block: int, num_entities: int) -> int:
+    """Queries scored at once: `block`, or where it is 0 as many as keep the scores under 64 MiB."""
+    return block if block > 0 else int(np.clip(2**24 // max(num_entities, 1), 8, 512))
+
+
+def _block_ranks(scores: jax.Array, query: np.ndarray, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray,
+                 known: KnownTails, num_entities: int) -> np.ndarray:
+    """The rank of each tail [t] among the scores of its query, a row of `scores` [b, Np]: [t] float64."""
+    rows, filtered = known.pairs(heads, relations)
+    others = filtered != tails[rows]
+    rows, filtered = rows[others], filtered[others]
+    # Lengths are rounded up to powers of four: a handful of compilations instead of one a block.
+    size = 256
+    while size < len(rows):
+        size *= 4
+    rows = np.concatenate([rows, np.full(size - len(rows), len(tails), np.int32)]).astype(np.int32)
+    filtered = np.concatenate([filtered, np.zeros(size - len(filtered), np.int32)]).astype(np.int32)
+    ranks = _ranks(scores, query.astype(np.int32), tails.astype(np.int32), rows, filtered, num_entities)
+    return np.asarray(ranks, np.float64)
 
 
 def rank_metrics(ranks: np.ndarray) -> dict[str, float]:
@@ -121,8 +168,7 @@ def evaluate_link_prediction(score_block: ScoreBlock, triples: np.ndarray, *, kn
         raise KgrecError(f"link prediction: found ids up to {tuple(int(x) for x in high)}, expected entities "
                          f"below {num_entities} and relations below {known.num_relations}")
     both = add_inverses(triples, known.num_relations)
-    ranks = rank_tails(score_block, both[:, 0], both[:, 1], both[:, 2], known=known, num_entities=num_entities,
-                       block=block)
+    ranks = _rank_distinct(score_block, *both.T, known=known, num_entities=num_entities, block=block)
     forward, backward = ranks[:len(triples)], ranks[len(triples):]
     out = rank_metrics(ranks) | {"queries": float(len(ranks))}
     out |= {f"tail/{name}": value for name, value in rank_metrics(forward).items()}
