@@ -74,7 +74,7 @@ def choose_mixture(scorers: Mapping[str, ScoreBlock], triples: np.ndarray, *, kn
                                block=_CHUNK)
             total[place] += (1.0 / ranks[:len(chunk)]).sum()
     best = max(range(len(grid)), key=lambda place: (round(total[place], 6), -np.count_nonzero(grid[place])))
-    chosen = {name: float(weight) for name, weight in zip(names, grid[best], strict=True)}
+    chosen = {name: round(float(weight), 6) for name, weight in zip(names, grid[best], strict=True)}
     if say is not None:
         words = ", ".join(f"{name} {weight:.1f}" for name, weight in chosen.items())
         say(f"mixture: {words}; validation MRR {total[best] / len(both):.4f}")
