@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 from kgrec_jax.errors import KgrecError
@@ -53,10 +54,23 @@ def positive(word: str) -> int:
 
 def share(word: str) -> float:
     """A number from 0 to 1, as the type of an argument."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = -1.0
+    value = _number(word)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a share from 0 to 1")
     return value
+
+
+def share_below_one(word: str) -> float:
+    """A number from 0 to below 1, as the type of an argument."""
+    value = _number(word)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number from 0 to below 1")
+    return value
+
+
+def _number(word: str) -> float:
+    """The number, and what is none as not a number, which is within no bounds."""
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan

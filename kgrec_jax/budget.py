@@ -147,14 +147,14 @@ def _graph(experiment: Any, dataset: Dataset, reader: _Reader, strange: str) -> 
     if cfg.encoder_mode != "off" and strange:
         steps += f"; no text: {strange}"
     elif cfg.encoder_mode != "off":
-        text_steps = cfg.text_steps or min(graph.MAX_TEXT_STEPS, -(-2 * len(data.rows) // cfg.text_batch))
+        text_steps = graph.num_text_steps(cfg, len(data.rows))
         steps += f" + {text_steps} of {cfg.text_batch} texts × at most {cfg.text_length} tokens"
         tokens = text_steps * cfg.text_batch * cfg.text_length
         seconds += 8.0 + 4.0 * reader.weights * tokens / graph.ENCODER_FLOPS
         seconds += 2 * cfg.text_eval * cfg.text_length / (_TOKENS_PER_SECOND / reader.slower)
     pair = cfg.bi_encoder
     if pair.mode != "off" and not strange:
-        pair_steps = pair.steps or int(np.ceil(pair.passes * len(data.rows) / pair.batch))
+        pair_steps = pair.num_steps(len(data.rows))
         steps += f" + {pair_steps:,} of {pair.batch} queries and answers × at most {pair.length} tokens"
         encoded = merged.num_entities + 2 * sum(len(data.triples(part)) for part in (1, 2))
         seconds += (2 * pair_steps * pair.batch / graph_bi_encoder.TRAINED

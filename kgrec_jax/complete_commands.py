@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kgrec_jax.arguments import Parser, positive
+from kgrec_jax.arguments import Parser, positive, share_below_one
 from kgrec_jax.errors import KgrecError
 
 if TYPE_CHECKING:
@@ -44,6 +42,7 @@ def complete(argv: Sequence[str]) -> int:
     _check(args)
     from kgrec_jax import compilation_cache
     from kgrec_jax.commands import new_file
+    from kgrec_jax.data.tables import write_tsv
     from kgrec_jax.serving.candidates import Search
     from kgrec_jax.serving.graph_run import find, open_run
     from kgrec_jax.serving.plausibility import CalibrationConfig, held_calibration
@@ -72,7 +71,7 @@ def complete(argv: Sequence[str]) -> int:
                                rules=rule_lines(scored) if args.rules else None)
     rows = [row_of(statement, scored, args.doubtful) for statement in found]
     if out is not None:
-        write_table(out, rows, columns(args.doubtful))
+        write_tsv(out, {name: [" ".join(_cell(row[name]).split()) for row in rows] for name in columns(args.doubtful)})
         scored.tracker.say(f"{len(rows):,} triples in {out}")
     if args.json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
@@ -154,19 +153,6 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return out
 
 
-def write_table(path: pathlib.Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """A TSV with a header, whole or not at all; tabs and line ends inside a value become blanks."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write("\t".join(names) + "\n")
-            for row in rows:
-                file.write("\t".join(" ".join(_cell(row[name]).split()) for name in names) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -178,25 +164,15 @@ def _check(args: argparse.Namespace) -> None:
         raise KgrecError(f"{with_doubts[0]}: found with --doubtful, expected it with proposals alone; leave one out")
 
 
-def _share(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number from 0 to below 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("complete", HELP)
     parser.add_argument("run", metavar="RUN", help="the folder of a run whose graph stage is done")
     parser.add_argument("--relation", nargs="+", default=[], metavar="R", help="only these relations, by id or name")
     parser.add_argument("--head", nargs="+", default=[], metavar="ENTITY", help="only these heads, by id or name")
     parser.add_argument("--top", type=positive, default=50, metavar="K", help="triples at most (default 50)")
-    parser.add_argument("--min-probability", type=_share, default=0.0, metavar="P",
+    parser.add_argument("--min-probability", type=share_below_one, default=0.0, metavar="P",
                         help="leave out what is less probable")
-    parser.add_argument("--missing-share", type=_share, default=0.0, metavar="S",
+    parser.add_argument("--missing-share", type=share_below_one, default=0.0, metavar="S",
                         help="share of all facts that the graph lacks, as you believe")
     parser.add_argument("--any-tail", action="store_true", help="also tails that the relation has never had")
     parser.add_argument("--rules", action="store_true", help="mine rules and name the one that derives a proposal")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kgrec_jax.arguments import Parser, positive
+from kgrec_jax.arguments import Parser, positive, share
 from kgrec_jax.errors import KgrecError
 
 if TYPE_CHECKING:
@@ -81,17 +80,7 @@ def write(mined: Rules, graph: Graph, path: pathlib.Path) -> None:
         "head_facts": mined.facts, "estimated": mined.estimated.astype(np.int8)})
 
 
-def _share(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a share from 0 to 1")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser("data rules", """Mine the Horn rules of a graph, with their confidence.
 
   kgrec data rules data/ml-100k --min-confidence 0.5
@@ -106,11 +95,11 @@ known of x at all.""")
                         help="atoms of a body, 1 or 2 (default 2)")
     parser.add_argument("--min-support", type=positive, default=5, metavar="N",
                         help="pairs for which body and head hold (default 5)")
-    parser.add_argument("--min-confidence", type=_share, default=0.3, metavar="X",
+    parser.add_argument("--min-confidence", type=share, default=0.3, metavar="X",
                         help="standard confidence (default 0.3)")
-    parser.add_argument("--min-pca-confidence", type=_share, default=0.0, metavar="X",
+    parser.add_argument("--min-pca-confidence", type=share, default=0.0, metavar="X",
                         help="PCA confidence (default 0)")
-    parser.add_argument("--min-head-coverage", type=_share, default=0.0, metavar="X",
+    parser.add_argument("--min-head-coverage", type=share, default=0.0, metavar="X",
                         help="share of the head's facts that a rule explains (default 0)")
     parser.add_argument("--no-constants", dest="constants", action="store_false",
                         help="rules of variables alone")

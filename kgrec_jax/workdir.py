@@ -96,7 +96,7 @@ class Run:
                   "entities": found.graph.num_entities, "triples": len(found.graph.triples),
                   "notes": list(found.notes)}
         held = self.path / "dataset.json"
-        if self.begun and held.is_file() and _read_json(held).get("hash") != counts["hash"]:
+        if self.begun and held.is_file() and read_json(held).get("hash") != counts["hash"]:
             raise KgrecError(f"data.path: found other data than the run in {self.path} was begun with; "
                              "choose another --workdir")
         write_json(held, counts)
@@ -126,7 +126,7 @@ class Run:
     def done(self, name: str) -> dict | None:
         """What a finished stage reported; None before it is finished."""
         file = self.path / name / "done.json"
-        return _read_json(file) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
 
     def finish(self, name: str, results: dict) -> None:
         """Marks a stage as finished."""
@@ -139,7 +139,7 @@ def read_experiment_json(path: pathlib.Path) -> dict:
     if not file.is_file():
         raise KgrecError(f"{path}: found no experiment.json, expected a run folder; begin one with "
                          f"kgrec run CONFIG --workdir {path}")
-    held = _read_json(file)
+    held = read_json(file)
     if held.get("format_version") != FORMAT_VERSION:
         raise KgrecError(f"{file}: found format version {held.get('format_version')}, expected {FORMAT_VERSION}; "
                          "run it again in a new folder")
@@ -148,7 +148,7 @@ def read_experiment_json(path: pathlib.Path) -> dict:
     return held
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def read_json(file: pathlib.Path) -> dict:
     """The object of a file that a run wrote; KgrecError where it is damaged."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))

@@ -97,7 +97,7 @@ def rank_tails(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray
     for start in range(0, len(heads), block):
         index = np.minimum(np.arange(start, start + block), len(heads) - 1)
         h, r, t = heads[index], relations[index], tails[index]
-        ranks = _block_ranks(score_block(h, r), np.arange(block), h, r, t, known, num_entities)
+        ranks = block_ranks(score_block(h, r), np.arange(block), t, other_answers(known, h, r, t), num_entities)
         out[start:start + block] = ranks[:len(heads) - start]
     return out
 
@@ -121,8 +121,8 @@ def _rank_distinct(score_block: ScoreBlock, heads: np.ndarray, relations: np.nda
         low, high = np.searchsorted(query[order], [start, start + block])
         for at in range(low, high, piece):
             index = order[np.minimum(np.arange(at, at + piece), high - 1)]
-            ranks = _block_ranks(scores, query[index] - start, heads[index], relations[index], tails[index], known,
-                                 num_entities)
+            others = other_answers(known, heads[index], relations[index], tails[index])
+            ranks = block_ranks(scores, query[index] - start, tails[index], others, num_entities)
             out[index] = ranks  # the padding repeats the last one
     return out
 
@@ -132,9 +132,9 @@ def _block(block: int, num_entities: int) -> int:
     return block if block > 0 else int(np.clip(2**24 // max(num_entities, 1), 8, 512))
 
 
-def _block_ranks(scores: jax.Array, query: np.ndarray, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray,
-                 known: KnownTails, num_entities: int) -> np.ndarray:
-    """The rank of each tail [t] among the scores of its query, a row of `scores` [b, Np]: [t] float64."""
+def other_answers(known: KnownTails, heads: np.ndarray, relations: np.ndarray,
+                  tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, tail) [F] of the known answers beside its own tail of each of [t] questions; a row of t is padding."""
     rows, filtered = known.pairs(heads, relations)
     others = filtered != tails[rows]
     rows, filtered = rows[others], filtered[others]
@@ -142,9 +142,17 @@ def _block_ranks(scores: jax.Array, query: np.ndarray, heads: np.ndarray, relati
     size = 256
     while size < len(rows):
         size *= 4
-    rows = np.concatenate([rows, np.full(size - len(rows), len(tails), np.int32)]).astype(np.int32)
-    filtered = np.concatenate([filtered, np.zeros(size - len(filtered), np.int32)]).astype(np.int32)
-    ranks = _ranks(scores, query.astype(np.int32), tails.astype(np.int32), rows, filtered, num_entities)
+    return (np.concatenate([rows, np.full(size - len(rows), len(tails), np.int32)]).astype(np.int32),
+            np.concatenate([filtered, np.zeros(size - len(filtered), np.int32)]).astype(np.int32))
+
+
+def block_ranks(scores: jax.Array, query: np.ndarray, tails: np.ndarray, others: tuple[np.ndarray, np.ndarray],
+                num_entities: int) -> np.ndarray:
+    """The rank of each tail [t] among the scores of its query, a row of `scores` [b, Np]: [t] float64.
+
+    `others` are the `other_answers` of the same questions, which may serve the scores of several scorers.
+    """
+    ranks = _ranks(scores, query.astype(np.int32), tails.astype(np.int32), *others, num_entities)
     return np.asarray(ranks, np.float64)
 
 

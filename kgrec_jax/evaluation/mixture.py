@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kgrec_jax.evaluation.link_prediction import KnownTails, ScoreBlock, add_inverses, rank_tails
+from kgrec_jax.evaluation.link_prediction import (KnownTails, ScoreBlock, add_inverses, block_ranks,
+                                                  other_answers)
 
 _CHUNK = 64  # queries whose scores by every scorer are held at once
 
@@ -33,8 +34,8 @@ class Mixture:
             return named[0][0]
 
         def mixed(heads: np.ndarray, relations: np.ndarray) -> jax.Array:
-            return sum(np.float32(weight) * standardised(block(heads, relations), num_entities)
-                       for block, weight in named)
+            held = [standardised(block(heads, relations), num_entities) for block, _ in named]
+            return _mix(np.array([weight for _, weight in named], np.float32), held)
 
         return mixed
 
@@ -68,10 +69,9 @@ def choose_mixture(scorers: Mapping[str, ScoreBlock], triples: np.ndarray, *, kn
         chunk = both[start:start + _CHUNK]
         padded = chunk[np.minimum(np.arange(_CHUNK), len(chunk) - 1)]  # one shape, one compilation
         held = [standardised(jnp.asarray(scorers[name](padded[:, 0], padded[:, 1])), num_entities) for name in names]
+        others = other_answers(known, *padded.T)
         for place, weights in enumerate(grid):
-            mixed = _mix(weights, held)
-            ranks = rank_tails(lambda h, r, mixed=mixed: mixed, *padded.T, known=known, num_entities=num_entities,
-                               block=_CHUNK)
+            ranks = block_ranks(_mix(weights, held), np.arange(_CHUNK), padded[:, 2], others, num_entities)
             total[place] += (1.0 / ranks[:len(chunk)]).sum()
     best = max(range(len(grid)), key=lambda place: (round(total[place], 6), -np.count_nonzero(grid[place])))
     chosen = {name: round(float(weight), 6) for name, weight in zip(names, grid[best], strict=True)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -26,7 +25,7 @@ def open_run(path: pathlib.Path | str, quiet: bool = False) -> Completer:
     from kgrec_jax.models.graph_embedding import load_graph_embedding
     from kgrec_jax.stages.graph_data import link_data, training_graph
     from kgrec_jax.stages.graph_structure import structure_scorer
-    from kgrec_jax.workdir import Run, read_experiment_json
+    from kgrec_jax.workdir import Run, read_experiment_json, read_json
 
     path = pathlib.Path(path).expanduser()
     run = Run.open(path, from_json(Experiment, read_experiment_json(path)["config"]), quiet)
@@ -41,7 +40,7 @@ def open_run(path: pathlib.Path | str, quiet: bool = False) -> Completer:
         raise KgrecError(f"{folder}: found no tables, expected what the graph stage left; remove the folder and run "
                          "kgrec graph again")
     graph, _ = training_graph(run.dataset.graph)
-    told = json.loads((folder / "tables.json").read_text(encoding="utf-8"))
+    told = read_json(folder / "tables.json")
     if told["relation_ids"] != list(graph.relation_ids) or told["entities"] != graph.num_entities:
         raise KgrecError(f"{folder}: found tables of another graph, expected those of {run.experiment.data.path}; "
                          "run the graph stage in a new folder")

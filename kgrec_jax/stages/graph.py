@@ -27,11 +27,11 @@ from kgrec_jax.stages.graph_bi_encoder import train_bi_encoder
 from kgrec_jax.stages.graph_config import Config, check
 from kgrec_jax.stages.graph_data import LinkData, link_data, training_graph
 from kgrec_jax.stages.graph_structure import evaluate, make_model, make_plan, structure_scorer, train_structure
-from kgrec_jax.stages.graph_text import ENCODER_FLOPS, MAX_TEXT_STEPS, TextTraining, train_text
+from kgrec_jax.stages.graph_text import ENCODER_FLOPS, TextTraining, num_text_steps, train_text
 from kgrec_jax.tracking import write_json
 
-__all__ = ["ENCODER_FLOPS", "MAX_TEXT_STEPS", "Config", "LinkData", "check", "evaluate", "link_data", "make_model",
-           "make_plan", "run", "training_graph"]
+__all__ = ["ENCODER_FLOPS", "Config", "LinkData", "check", "evaluate", "link_data", "make_model", "make_plan",
+           "num_text_steps", "run", "training_graph"]
 
 
 def run(experiment: Any, run: Any) -> dict:

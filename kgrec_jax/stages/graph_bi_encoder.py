@@ -64,6 +64,10 @@ class Config:
     log_every: int = 20  # steps between two rows of metrics.jsonl
     checkpoint_every: int = 200  # steps between two checkpoints
 
+    def num_steps(self, num_queries: int) -> int:
+        """Steps of a training on so many distinct queries."""
+        return self.steps or max(1, int(np.ceil(self.passes * num_queries / self.batch)))
+
 
 def check(cfg: Config) -> None:
     """KgrecError naming the first field that no training can do anything with."""
@@ -151,8 +155,7 @@ def train_bi_encoder(experiment: Any, run: Any, data: Any) -> tuple[BiEncoderVec
 
 def make_source(cfg: Config, rows: LinkRows, words: BiWords, data: Any, seed: int, mesh: Mesh) -> BiEncoderSource:
     """The batches of the training; only entities of training triples are rivals."""
-    steps = cfg.steps or max(1, int(np.ceil(cfg.passes * len(rows) / cfg.batch)))
-    links = LinkSource(rows, batch=cfg.batch, steps=steps, seed=seed + 2, num_entities=data.graph.num_entities)
+    links = LinkSource(rows, batch=cfg.batch, steps=cfg.num_steps(len(rows)), seed=seed + 2, num_entities=data.graph.num_entities)
     seen = np.array([entity for entity in np.flatnonzero(data.seen) if len(words.entity[entity])], np.int64)
     known = KnownTails.of(data.triples(0), data.graph.num_relations)
     return BiEncoderSource(links, words, known, seen, length=cfg.length, rungs=cfg.rungs, refresh=cfg.refresh,

@@ -45,6 +45,11 @@ class TextTraining:
     results: dict
 
 
+def num_text_steps(cfg: Config, num_rows: int) -> int:
+    """Steps of the text training on so many rows of queries."""
+    return cfg.text_steps or min(MAX_TEXT_STEPS, -(-2 * num_rows // cfg.text_batch))
+
+
 def text_loss(cfg: Config, model: TripleEncoder, has_head: bool, params: dict, constants: dict,
               batch: TextLinkBatch) -> tuple[jax.Array, dict]:
     """L_link of the structural and of the text score + λ L_MLM, and metrics as (sum, count)."""
@@ -115,7 +120,7 @@ def train_text(experiment: Any, run: Any, model: GraphEmbedding, data: LinkData,
         return TextTraining(tables, {}, None, {"skipped": reason})
     words = triple_words(cfg, data.graph, tokenizer)
     length = words.fitting_length(data.rows, min(cfg.text_length, encoder.config.max_position_embeddings))
-    steps = cfg.text_steps or min(MAX_TEXT_STEPS, -(-2 * len(data.rows) // cfg.text_batch))
+    steps = num_text_steps(cfg, len(data.rows))
     plan = make_plan(cfg, len(data.rows), model.num_entities)
     run.tracker.say(f"graph: {steps} text steps of {cfg.text_batch} × {length} tokens, encoder {cfg.encoder_mode}, "
                     f"about {_text_seconds(encoder, steps * cfg.text_batch * length):.0f} s")
