@@ -42,7 +42,7 @@ def complete(argv: Sequence[str]) -> int:
     _check(args)
     from kgrec_jax import compilation_cache
     from kgrec_jax.commands import new_file
-    from kgrec_jax.data.tables import write_tsv
+    from kgrec_jax.data.tables import cell, write_tsv
     from kgrec_jax.serving.candidates import Search
     from kgrec_jax.serving.graph_run import find, open_run
     from kgrec_jax.serving.plausibility import CalibrationConfig, held_calibration
@@ -71,7 +71,7 @@ def complete(argv: Sequence[str]) -> int:
                                rules=rule_lines(scored) if args.rules else None)
     rows = [row_of(statement, scored, args.doubtful) for statement in found]
     if out is not None:
-        write_tsv(out, {name: [" ".join(_cell(row[name]).split()) for row in rows] for name in columns(args.doubtful)})
+        write_tsv(out, {name: [" ".join(cell(row[name]).split()) for row in rows] for name in columns(args.doubtful)})
         scored.tracker.say(f"{len(rows):,} triples in {out}")
     if args.json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
@@ -151,10 +151,6 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                    f"(rank {row['tail_rank']:g} as tail, {row['head_rank']:g} as head{part})")
         out += [f"       {row[name]}" for name in ("rule", "like", "reason") if row.get(name)]
     return out
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _check(args: argparse.Namespace) -> None:

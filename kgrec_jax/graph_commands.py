@@ -36,17 +36,13 @@ def inspect(argv: Sequence[str]) -> int:
 
 def _write_report(report, degree: np.ndarray, out: pathlib.Path) -> None:
     from kgrec_jax.data.graph_render import draw_degrees
-    from kgrec_jax.data.tables import write_tsv
+    from kgrec_jax.data.tables import cell, write_tsv
     from kgrec_jax.tracking import write_json
 
     write_json(out / "report.json", dataclasses.asdict(report))
     columns = list(dict.fromkeys(key for row in report.relations for key in row))
-    write_tsv(out / "relations.tsv", {c: [_cell(row.get(c, "")) for row in report.relations] for c in columns})
+    write_tsv(out / "relations.tsv", {c: [cell(row.get(c, "")) for row in report.relations] for c in columns})
     draw_degrees(degree, report.items["all"], out / "degrees.png")
-
-
-def _cell(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _inspect_parser() -> Parser:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -93,22 +94,22 @@ def summary(rounds: Sequence[dict]) -> dict[str, Any]:
     for side in sides:
         answers = [one[side] for one in rounds]
         rates = {name: [_rate(one[name]) for one in answers] for name in MEASURES}
-        out[side] = {f"{name}_per_s": _median(found) for name, found in rates.items()}
+        out[side] = {f"{name}_per_s": statistics.median(found) for name, found in rates.items()}
         out[side]["mrr"] = answers[-1]["evaluation"]["mrr"]
         out[side]["peak_mb"] = max(one[name]["peak_mb"] for one in answers for name in MEASURES)
     link, peak = [one["ours"]["link"] for one in rounds], [one["ours"]["peak"] for one in rounds]
     out["queries"] = link[0]["queries"]
     for side in sides:
         out[side]["epoch_s"] = out["queries"] / out[side]["link_per_s"]
-    out["ours"] |= {"compile_s": peak[-1]["compile_s"], "gflops": _median([one["gflops"] for one in link]),
-                    "matmul_peak_gflops": _median([one["matmul_gflops"] for one in peak])}
+    out["ours"] |= {"compile_s": peak[-1]["compile_s"], "gflops": statistics.median([one["gflops"] for one in link]),
+                    "matmul_peak_gflops": statistics.median([one["matmul_gflops"] for one in peak])}
     out["device"] = peak[0]["device"]
     if "peer" in sides:
         out["ratios"] = {name: [_rate(one["ours"][name]) / _rate(one["peer"][name]) for one in rounds]
                          for name in MEASURES}
         out["cpu_ratios"] = {name: [_rate(one["ours"][name], "cpu_s") / _rate(one["peer"][name], "cpu_s")
                                     for one in rounds] for name in MEASURES}
-        out["ratio"] = {name: _median(found) for name, found in out["ratios"].items()}
+        out["ratio"] = {name: statistics.median(found) for name, found in out["ratios"].items()}
         out["ratio"]["peak_mb"] = out["ours"]["peak_mb"] / out["peer"]["peak_mb"]
     return out
 
@@ -132,7 +133,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     for name, words in MEASURES.items():
         row(words, f"{name}_per_s", ",.0f", result.get("ratios", {}).get(name, ()))
     if peer:
-        told = ", ".join(f"{name} {_median(found):.2f}" for name, found in result["cpu_ratios"].items())
+        told = ", ".join(f"{name} {statistics.median(found):.2f}" for name, found in result["cpu_ratios"].items())
         out.append(f"ratios by processor seconds, which other work on the machine hardly changes: {told}")
     row("ComplEx, seconds an epoch", "epoch_s", ",.1f")
     row("peak memory, MB", "peak_mb", ",.0f")
@@ -254,8 +255,3 @@ def _round(ours: _Program, peer: _Program | None, counts: dict[str, int], number
 
 def _rate(answer: dict, clock: str = "seconds") -> float:
     return answer["count"] / answer[clock]
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

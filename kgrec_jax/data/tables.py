@@ -110,6 +110,11 @@ def write_tsv(path: pathlib.Path, columns: Mapping[str, Coded | Sequence[str] | 
     os.replace(temporary, path)
 
 
+def cell(value: object) -> str:
+    """A value as a cell of a table that people read: a float in six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _to_arrow(column: Coded | Sequence[str] | np.ndarray) -> pa.Array:
     if isinstance(column, Coded):
         values = _to_arrow(column.values)

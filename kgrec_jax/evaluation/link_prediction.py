@@ -9,7 +9,7 @@ rank), so that a constant scorer gains nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def rank_tails(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray
     `num_entities` are ignored. `block` 0 takes as many queries at once as keep a block of scores under 64 MiB. The
     result does not depend on it.
     """
-    block = _block(block, num_entities)
+    block = queries_at_once(num_entities, block)
     out = np.zeros(len(heads), np.float64)
     for start in range(0, len(heads), block):
         index = np.minimum(np.arange(start, start + block), len(heads) - 1)
@@ -108,7 +108,7 @@ def _rank_distinct(score_block: ScoreBlock, heads: np.ndarray, relations: np.nda
 
     Of FB15k-237's 40,932 test queries 22,850 are distinct.
     """
-    block = _block(block, num_entities)
+    block = queries_at_once(num_entities, block)
     piece = max(block // 4, 1)  # tails ranked at once: one shape, and little padding at the end of a block
     _, first, query = np.unique(heads.astype(np.int64) * (2 * known.num_relations) + relations, return_index=True,
                                 return_inverse=True)
@@ -127,7 +127,7 @@ def _rank_distinct(score_block: ScoreBlock, heads: np.ndarray, relations: np.nda
     return out
 
 
-def _block(block: int, num_entities: int) -> int:
+def queries_at_once(num_entities: int, block: int = 0) -> int:
     """Queries scored at once: `block`, or where it is 0 as many as keep the scores under 64 MiB."""
     return block if block > 0 else int(np.clip(2**24 // max(num_entities, 1), 8, 512))
 
@@ -154,6 +154,24 @@ def block_ranks(scores: jax.Array, query: np.ndarray, tails: np.ndarray, others:
     """
     ranks = _ranks(scores, query.astype(np.int32), tails.astype(np.int32), *others, num_entities)
     return np.asarray(ranks, np.float64)
+
+
+def choices_mrr(score_choices: Callable[[np.ndarray, np.ndarray], Iterator[jax.Array]], count: int, triples: np.ndarray,
+                *, known: KnownTails, num_entities: int, block: int = 64) -> np.ndarray:
+    """Filtered MRR of `triples` [T, 3] in both directions by each of `count` ways to score them, [count] float64.
+
+    `score_choices(heads, relations)` gives the scores [b, >= N] of one block of queries by every way in turn, so that
+    what the ways have in common is computed once.
+    """
+    both, total = add_inverses(triples, known.num_relations), np.zeros(count)
+    for start in range(0, len(both), block):
+        chunk = both[start:start + block]
+        padded = chunk[np.minimum(np.arange(block), len(chunk) - 1)]  # one shape, one compilation
+        others = other_answers(known, *padded.T)
+        for place, scores in enumerate(score_choices(padded[:, 0], padded[:, 1])):
+            ranks = block_ranks(scores, np.arange(block), padded[:, 2], others, num_entities)
+            total[place] += (1.0 / ranks[:len(chunk)]).sum()
+    return total / len(both)
 
 
 def rank_metrics(ranks: np.ndarray) -> dict[str, float]:

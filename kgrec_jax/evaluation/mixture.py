@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kgrec_jax.evaluation.link_prediction import (KnownTails, ScoreBlock, add_inverses, block_ranks,
-                                                  other_answers)
-
-_CHUNK = 64  # queries whose scores by every scorer are held at once
-
+from kgrec_jax.evaluation.link_prediction import KnownTails, ScoreBlock, choices_mrr
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
@@ -56,28 +52,24 @@ def choose_mixture(scorers: Mapping[str, ScoreBlock], triples: np.ndarray, *, kn
     """The weights, multiples of 1 / `parts`, with the best filtered MRR on `triples` [T, 3]; ties: the fewest scorers.
 
     Without a triple to choose on, all have the same weight. Scores of a query are computed once by each scorer and
-    mixed for every choice of weights, `_CHUNK` queries at a time.
+    mixed for every choice of weights, a block of queries at a time.
     """
     names = list(scorers)
     if len(names) == 1 or not len(triples):
         return Mixture({name: 1.0 / len(names) for name in names})
     grid = [np.array(w, np.float32) / parts for w in itertools.product(range(parts + 1), repeat=len(names))
             if sum(w) == parts]
-    both = add_inverses(triples, known.num_relations)
-    total = np.zeros(len(grid))
-    for start in range(0, len(both), _CHUNK):
-        chunk = both[start:start + _CHUNK]
-        padded = chunk[np.minimum(np.arange(_CHUNK), len(chunk) - 1)]  # one shape, one compilation
-        held = [standardised(jnp.asarray(scorers[name](padded[:, 0], padded[:, 1])), num_entities) for name in names]
-        others = other_answers(known, *padded.T)
-        for place, weights in enumerate(grid):
-            ranks = block_ranks(_mix(weights, held), np.arange(_CHUNK), padded[:, 2], others, num_entities)
-            total[place] += (1.0 / ranks[:len(chunk)]).sum()
-    best = max(range(len(grid)), key=lambda place: (round(total[place], 6), -np.count_nonzero(grid[place])))
+
+    def score_choices(heads: np.ndarray, relations: np.ndarray) -> Iterator[jax.Array]:
+        held = [standardised(jnp.asarray(scorers[name](heads, relations)), num_entities) for name in names]
+        return (_mix(weights, held) for weights in grid)
+
+    mrr = choices_mrr(score_choices, len(grid), triples, known=known, num_entities=num_entities)
+    best = max(range(len(grid)), key=lambda place: (round(mrr[place], 9), -np.count_nonzero(grid[place])))
     chosen = {name: round(float(weight), 6) for name, weight in zip(names, grid[best], strict=True)}
     if say is not None:
         words = ", ".join(f"{name} {weight:.1f}" for name, weight in chosen.items())
-        say(f"mixture: {words}; validation MRR {total[best] / len(both):.4f}")
+        say(f"mixture: {words}; validation MRR {mrr[best]:.4f}")
     return Mixture(chosen)
 
 

@@ -50,7 +50,7 @@ def plot_models(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path | N
             _bars(axis, entries, metric, 0.8 * ((n + 0.5) / len(sides) - 0.5), 0.8 / len(sides), side, _COLOURS[side])
         _name_rows(axis, list(models), f"{metric_title(metric)} (95 % interval over users)")
     _legend(figure, axes[0])
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_buckets(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
@@ -65,7 +65,7 @@ def plot_buckets(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path | 
         _bars(axis, entries, RECALL, 0.8 * ((n + 0.5) / 3 - 0.5), 0.8 / 3, f"{level} popularity", colour)
     _name_rows(axis, list(buckets), f"{metric_title(RECALL)} of the items of each third by popularity")
     _legend(figure, axis)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_curves(files: Sequence[Path], root: Path, path: Path) -> Path | None:
@@ -89,7 +89,7 @@ def plot_curves(files: Sequence[Path], root: Path, path: Path) -> Path | None:
             right.legend(frameon=False, fontsize="small")
         else:
             right.set_axis_off()
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _bars(
@@ -125,7 +125,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_png(figure: Figure, path: Path) -> Path:
     """Writes the picture under a temporary name and renames it."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
+from kgrec_jax.evaluation.plots import save_png
+
 BINS = 15
 
 
@@ -76,7 +78,4 @@ def plot_reliability(curves: Mapping[str, Reliability], path: Path) -> Path:
         for axis in (upper, lower):
             axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
-    return path
+    return save_png(figure, path)

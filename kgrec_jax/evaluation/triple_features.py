@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kgrec_jax.evaluation.link_prediction import KnownTails, ScoreBlock, rank_tails
+from kgrec_jax.evaluation.link_prediction import KnownTails, ScoreBlock, block_ranks, other_answers, queries_at_once
 
 FEATURES = ("tail score", "tail z", "tail log rank", "tail log known", "head score", "head z", "head log rank",
             "head log known")
@@ -27,8 +27,7 @@ def triple_features(score_block: ScoreBlock, triples: np.ndarray, *, known: Know
     itself apart). `known` are the triples that are filtered out of the ranks and counted as answers. `block` triples
     are compared at once, 0: as many as keep a block under 64 MiB. `advance` is called with triples done, each twice.
     """
-    if block <= 0:
-        block = int(np.clip(2**24 // max(num_entities, 1), 8, 512))
+    block = queries_at_once(num_entities, block)
     head, relation, tail = triples.astype(np.int32).reshape(-1, 3).T
     both = [_direction(score_block, h, r, t, known, num_entities, block, advance)
             for h, r, t in ((head, relation, tail), (tail, relation + np.int32(known.num_relations), head))]
@@ -49,13 +48,11 @@ def _direction(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray
         asked = np.minimum(np.arange(_power_of_two(len(first))), len(first) - 1)
         padded = np.minimum(np.arange(_power_of_two(len(some))), len(some) - 1)
         scores = jnp.asarray(score_block(h[first][asked], r[first][asked]), jnp.float32)
-        each, numbers = _take(scores, row[padded], t[padded], num_entities)
-        ranks = rank_tails(lambda *_, each=each: each, h[padded], r[padded], t[padded], known=known,
-                           num_entities=num_entities, block=len(padded))
-        rows, answers = known.pairs(h, r)
-        others = np.bincount(rows[answers != t[rows]], minlength=len(some))
-        out[some, :2] = np.asarray(numbers, np.float64)[:len(some)]
-        out[some, 2], out[some, 3] = np.log(ranks[:len(some)]), np.log1p(others)
+        others = other_answers(known, h[padded], r[padded], t[padded])
+        ranks = block_ranks(scores, row[padded], t[padded], others, num_entities)
+        out[some, :2] = np.asarray(_score_and_z(scores, row[padded], t[padded], num_entities), np.float64)[:len(some)]
+        out[some, 2] = np.log(ranks[:len(some)])
+        out[some, 3] = np.log1p(np.bincount(others[0], minlength=len(some))[:len(some)])
         if advance is not None:
             advance(len(some))
     return out
@@ -66,15 +63,14 @@ def _power_of_two(count: int) -> int:
 
 
 @jax.jit
-def _take(scores: jax.Array, rows: jax.Array, tails: jax.Array, num_entities: jax.Array):
-    """Scores of each triple's query [m, Np], and (score, z) [m, 2], of distinct queries' scores [b, Np]."""
+def _score_and_z(scores: jax.Array, rows: jax.Array, tails: jax.Array, num_entities: jax.Array) -> jax.Array:
+    """(score, z) [m, 2] of tails [m] of the queries that `rows` [m] of `scores` [b, Np] belong to."""
     real = (jnp.arange(scores.shape[1]) < num_entities)[None, :]
     count = jnp.asarray(num_entities, jnp.float32)
     mean = jnp.where(real, scores, 0.0).sum(axis=1) / count  # [b]
     spread = jnp.where(real, (scores - mean[:, None]) ** 2, 0.0).sum(axis=1) / count
-    each = scores[rows]
-    own = jnp.take_along_axis(each, tails[:, None], axis=1)[:, 0]
-    return each, jnp.stack([own, (own - mean[rows]) * jax.lax.rsqrt(spread[rows] + 1e-12)], axis=1)
+    own = scores[rows, tails]
+    return jnp.stack([own, (own - mean[rows]) * jax.lax.rsqrt(spread[rows] + 1e-12)], axis=1)
 
 
 def corrupt(triples: np.ndarray, facts: np.ndarray, *, known: KnownTails, seed: int,

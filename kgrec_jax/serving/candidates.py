@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kgrec_jax.evaluation.link_prediction import KnownTails, ScoreBlock
+from kgrec_jax.evaluation.link_prediction import KnownTails, ScoreBlock, queries_at_once
 from kgrec_jax.serving.slots import Slots
 
 _HEADS = 4096  # heads of one relation whose candidates are held at once
@@ -51,7 +51,7 @@ def candidates(score_block: ScoreBlock, queries: Mapping[int, np.ndarray], *, kn
     `any_tail`, tails that never stood there. Memory does not grow with the number of queries. `advance` is called with
     the number of queries done.
     """
-    block = int(np.clip(2**24 // max(num_entities, 1), 8, 512))
+    block = queries_at_once(num_entities)
     count = min(search.per_query, num_entities)
     for relation, heads in queries.items():
         allowed = np.ones(num_entities, bool)

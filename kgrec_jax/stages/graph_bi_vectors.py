@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 
 from kgrec_jax.data.bi_encoder_batches import BiWords, write_rows
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.evaluation.link_prediction import KnownTails, add_inverses, rank_tails
+from kgrec_jax.evaluation.link_prediction import KnownTails, choices_mrr
 from kgrec_jax.models.bi_encoder import BiEncoder
 from kgrec_jax.sharding import put_batch
 
 RERANK_HOPS = (2, 3, 5)
 RERANK_WEIGHTS = (0.02, 0.05, 0.1, 0.2)
-_BLOCK = 64  # queries that are scored at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +144,12 @@ def choose_neighbourhood(vectors: BiEncoderVectors, triples: np.ndarray, known: 
     if not len(triples):
         return dataclasses.replace(around, hops=0)
     grid = [(0, 0.0), *((hops, weight) for hops in RERANK_HOPS for weight in RERANK_WEIGHTS)]
-    both, total = add_inverses(triples, known.num_relations), np.zeros(len(grid))
-    for start in range(0, len(both), _BLOCK):
-        chunk = both[start:start + _BLOCK]
-        padded = chunk[np.minimum(np.arange(_BLOCK), len(chunk) - 1)]
-        queries, near = vectors.queries(padded[:, 0], padded[:, 1]), {0: None}
-        near |= {hops: around.near(padded[:, 0], hops) for hops in RERANK_HOPS}
-        for place, (hops, weight) in enumerate(grid):
-            scores = vectors.scaled(queries, near[hops], weight)
-            ranks = rank_tails(lambda h, r, scores=scores: scores, *padded.T, known=known, num_entities=num_entities,
-                               block=_BLOCK)
-            total[place] += (1.0 / ranks[:len(chunk)]).sum()
-    hops, weight = grid[int(total.argmax())]  # the first of equals
+
+    def score_choices(heads: np.ndarray, relations: np.ndarray) -> Iterator[jax.Array]:
+        queries, near = vectors.queries(heads, relations), {0: None}
+        near |= {hops: around.near(heads, hops) for hops in RERANK_HOPS}
+        return (vectors.scaled(queries, near[hops], weight) for hops, weight in grid)
+
+    mrr = choices_mrr(score_choices, len(grid), triples, known=known, num_entities=num_entities)
+    hops, weight = grid[int(mrr.argmax())]  # the first of equals
     return dataclasses.replace(around, hops=hops, weight=weight)
