@@ -50,7 +50,7 @@ class HistoryBatches:
         targets = np.full((self.batch, self.max_targets), -1, np.int32)
         weights = np.zeros((self.batch, self.max_targets), np.float32)
         rng = np.random.default_rng((self.seed, step))
-        for row, user in enumerate(self._users(step)):
+        for row, user in enumerate(places_of_step(step, self.batch, len(self.items), self.seed)):
             items = self.items[user]
             hidden = rng.permutation(len(items))[: min(max(1, round(self.hidden_share * len(items))), self.max_targets)]
             shown = np.delete(items, hidden)[-self.max_history:]
@@ -59,11 +59,10 @@ class HistoryBatches:
             weights[row, : len(hidden)] = 1.0 / len(hidden)
         return HistoryBatch(history, targets, weights)
 
-    def _users(self, step: int) -> np.ndarray:
-        """Users of a step: consecutive rows of the epochs' permutations, laid end to end."""
-        count = len(self.items)
-        position = np.arange(step * self.batch, (step + 1) * self.batch)
-        epochs = position // count
-        orders = {epoch: np.random.default_rng((self.seed, 1 << 40, int(epoch))).permutation(count)
-                  for epoch in np.unique(epochs)}
-        return np.array([orders[epoch][at] for epoch, at in zip(epochs, position % count)])
+
+def places_of_step(step: int, size: int, count: int, seed: int) -> np.ndarray:
+    """[size] rows of `count` that a step visits: consecutive ones of the epochs' permutations, laid end to end."""
+    epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
+    orders = {epoch: np.random.default_rng((seed, 1 << 40, int(epoch))).permutation(count)
+              for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])

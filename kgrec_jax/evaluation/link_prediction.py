@@ -88,25 +88,10 @@ def rank_tails(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray
                known: KnownTails, num_entities: int, block: int = 0) -> np.ndarray:
     """Filtered realistic rank of each tail, [Q] float64, 1 is best.
 
-    `score_block` is called with fixed-length blocks of the queries in their order (the last one padded); columns past
-    `num_entities` are ignored. `block` 0 takes as many queries at once as keep a block of scores under 64 MiB. The
-    result does not depend on it.
-    """
-    block = queries_at_once(num_entities, block)
-    out = np.zeros(len(heads), np.float64)
-    for start in range(0, len(heads), block):
-        index = np.minimum(np.arange(start, start + block), len(heads) - 1)
-        h, r, t = heads[index], relations[index], tails[index]
-        ranks = block_ranks(score_block(h, r), np.arange(block), t, other_answers(known, h, r, t), num_entities)
-        out[start:start + block] = ranks[:len(heads) - start]
-    return out
-
-
-def _rank_distinct(score_block: ScoreBlock, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray, *,
-                   known: KnownTails, num_entities: int, block: int) -> np.ndarray:
-    """`rank_tails` where each distinct (head, relation) is scored once, whatever the number of its tails.
-
-    Of FB15k-237's 40,932 test queries 22,850 are distinct.
+    Each distinct (head, relation) is scored once, whatever the number of its tails: of FB15k-237's 40,932 test queries
+    22,850 are distinct. `score_block` is called with fixed-length blocks of them (the last one padded); columns past
+    `num_entities` are ignored. `block` 0 takes as many at once as keep a block of scores under 64 MiB. The result does
+    not depend on it.
     """
     block = queries_at_once(num_entities, block)
     piece = max(block // 4, 1)  # tails ranked at once: one shape, and little padding at the end of a block
@@ -194,7 +179,7 @@ def evaluate_link_prediction(score_block: ScoreBlock, triples: np.ndarray, *, kn
         raise KgrecError(f"link prediction: found ids up to {tuple(int(x) for x in high)}, expected entities "
                          f"below {num_entities} and relations below {known.num_relations}")
     both = add_inverses(triples, known.num_relations)
-    ranks = _rank_distinct(score_block, *both.T, known=known, num_entities=num_entities, block=block)
+    ranks = rank_tails(score_block, *both.T, known=known, num_entities=num_entities, block=block)
     forward, backward = ranks[:len(triples)], ranks[len(triples):]
     out = rank_metrics(ranks) | {"queries": float(len(ranks))}
     out |= {f"tail/{name}": value for name, value in rank_metrics(forward).items()}

@@ -15,6 +15,7 @@ import numpy as np
 from kgrec_jax import losses, train
 from kgrec_jax.data.dataset import Graph, Interactions
 from kgrec_jax.data.graph import edges
+from kgrec_jax.data.history_batches import places_of_step
 from kgrec_jax.models.collaborative_graph import CollaborativeGraph, kept_entities, learned_nodes, make_graph
 from kgrec_jax.models.propagation import WITH_USERS, Kind, Propagation, PropagationConfig, PropagationPart
 from kgrec_jax.optim import OptimConfig, make_optimizer
@@ -96,21 +97,14 @@ class UserBatches:
         user = np.full(self.batch, len(self.indptr) - 1, np.int32)
         targets = np.full((self.batch, self.max_targets), -1, np.int32)
         weights = np.zeros((self.batch, self.max_targets), np.float32)
-        for row, who in enumerate(self._users(step)):
+        size, count = users_of_step(self.batch, len(self.users)), len(self.users)
+        for row, who in enumerate(self.users[places_of_step(step, size, count, self.seed)]):
             items = rng.permutation(self.item[self.indptr[who]:self.indptr[who + 1]])
             hidden = min(max(1, round(self.hidden_share * len(items))), self.max_targets)
             user[row] = who
             targets[row, :hidden] = items[:hidden]
             weights[row, :hidden] = 1.0 / hidden
         return UserBatch(user, targets, weights)
-
-    def _users(self, step: int) -> np.ndarray:
-        """Users of a step: consecutive rows of the epochs' permutations, laid end to end."""
-        count, size = len(self.users), users_of_step(self.batch, len(self.users))
-        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
-        orders = {epoch: np.random.default_rng((self.seed, 1 << 40, int(epoch))).permutation(self.users)
-                  for epoch in np.unique(epochs)}
-        return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
 
 
 def users_of_step(batch: int, num_users: int) -> int:
