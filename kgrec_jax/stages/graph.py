@@ -56,13 +56,17 @@ def run(experiment: Any, run: Any) -> dict:
     results["text"] = text.results
     scorers = {"structure": structure_scorer(model, text.tables)}
     vectors, results["bi_encoder"] = train_bi_encoder(experiment, run, data)
+    judged = {}
     if vectors is not None:
         scorers["text"] = vectors.scores
+        found = results["bi_encoder"]
+        judged["text"] = {"valid": found["link_prediction_valid"], "test": found["link_prediction"]}
     if text.scorer is not None and not cfg.text_eval:
         scorers["text" if vectors is None else "soft-tokens"] = text.scorer
     if cfg.rules == "on":
         scorers["rules"], results["rules"] = _rule_scorer(cfg, data, run.tracker.say)
-    results["mixture"], results["link_prediction"] = _judge(cfg, data, scorers, experiment.seed, run.tracker.say)
+    results["mixture"], results["link_prediction"] = _judge(cfg, data, scorers, judged, experiment.seed,
+                                                            run.tracker.say)
     _save_tables(folder, model, graph, text.tables, text.bridge)
     return results
 
@@ -78,9 +82,12 @@ def _rule_scorer(cfg: Config, data: LinkData, say: Callable[[str], None]) -> tup
                                                                                    "seconds": seconds}
 
 
-def _judge(cfg: Config, data: LinkData, scorers: dict[str, ScoreBlock], seed: int,
+def _judge(cfg: Config, data: LinkData, scorers: dict[str, ScoreBlock], judged: dict[str, dict], seed: int,
            say: Callable[[str], None]) -> tuple[dict, dict]:
-    """(weights of the mixture, {"test", "valid", and each scorer apart: {"test", "valid"}}) in filtered metrics."""
+    """(weights of the mixture, {"test", "valid", and each scorer apart: {"test", "valid"}}) in filtered metrics.
+
+    `judged` holds what is known already of some scorers by themselves; an empty part stands for no triple.
+    """
     names = {"valid": data.triples(1), "test": data.triples(2)}
     if not len(names["test"]):
         return {}, {"skipped": "no pair could be held out: every entity has too few triples"}
@@ -94,7 +101,8 @@ def _judge(cfg: Config, data: LinkData, scorers: dict[str, ScoreBlock], seed: in
 
     if len(scorers) == 1:
         return mixture.weights, both(next(iter(scorers.values())))
-    alone = {name: both(block) for name, block in scorers.items()}
+    alone = {name: {part: found for part, found in judged[name].items() if found} if name in judged else both(block)
+             for name, block in scorers.items()}
     only = next((name for name, weight in mixture.weights.items() if weight == 1.0), "")
     return mixture.weights, (alone[only] if only else both(mixture.score_block(scorers, entities))) | alone
 
