@@ -11,8 +11,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from kgrec_jax.data.dataset import Graph
+from kgrec_jax.data.entity_columns import entity_cells
 from kgrec_jax.data.names import local_name, relation_name
-from kgrec_jax.data.tables import find_table, read_header, read_table
 from kgrec_jax.errors import KgrecError
 
 TYPE_RELATIONS = ("type", "rdf:type", "rdf type", "has type", "entity type", "instance of", "p31")
@@ -59,23 +59,12 @@ def read_types(graph: Graph, folder: pathlib.Path | None = None, relations: Sequ
         entity.append(head)
         kind.append(known.setdefault(graph.entity_names[tail] or graph.entity_ids[tail], len(known)))
     said_by = [graph.relation_names[r] for r in rows]
-    of_id = {identifier: row for row, identifier in enumerate(graph.entity_ids)}
-    for stem, key in (("items", "item_id"), ("entities", "entity_id")) if folder else ():
-        path = find_table(folder, stem)
-        column = next((c for c in TYPE_COLUMNS if path and c in read_header(path)), "")
-        if not column:
-            continue
-        table = read_table(path, {key: "id", column: "text"}, {"entity_id": "id"} if stem == "entities" else
-                           {"entity_id": "text"})
-        ids = table[key].strings()
-        if stem == "items" and "entity_id" in table:
-            ids = [e or i for e, i in zip(table["entity_id"], ids, strict=True)]
-        said_by.append(f"{path.name}:{column}")
-        for identifier, cell in zip(ids, table[column], strict=True):
+    for source, cells in entity_cells(graph, folder, TYPE_COLUMNS) if folder else ():
+        said_by.append(source)
+        for row, cell in cells:
             for name in filter(None, (part.strip() for part in re.split(r"[|;]", cell))):
-                if identifier in of_id:
-                    entity.append(of_id[identifier])
-                    kind.append(known.setdefault(name, len(known)))
+                entity.append(row)
+                kind.append(known.setdefault(name, len(known)))
     of = sp.csr_matrix((np.ones(len(entity), bool), (entity, kind)), shape=(graph.num_entities, max(len(known), 1)))
     of.sum_duplicates()
     return Types(tuple(known), of.astype(bool), tuple(rows), tuple(said_by))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Iterable
 
 from kgrec_jax.data.dataset import Graph
+from kgrec_jax.data.entity_columns import entity_cells
 from kgrec_jax.data.graph import short_title
 from kgrec_jax.data.importers.surface import entity_key, relation_key
 from kgrec_jax.data.names import relation_name
-from kgrec_jax.data.tables import find_table, read_header, read_table
 
 ALIASES = ("aliases", "alias", "also_known_as")  # columns of entities.tsv and items.tsv, values between "|"
 
@@ -32,8 +31,10 @@ class Linker:
             _enter(self._names, entity_key(name), row)
             for alias in (short_title(name), re.sub(r"\s*\([^()]*\)$", "", name)):
                 _enter(self._aliases, entity_key(alias), row)
-        for row, alias in _aliases(graph, folder) if folder else ():
-            _enter(self._aliases, entity_key(alias), row)
+        for _, cells in entity_cells(graph, folder, ALIASES) if folder else ():
+            for row, cell in cells:
+                for alias in cell.split("|"):
+                    _enter(self._aliases, entity_key(alias), row)
         self._relations: dict[str, list[int]] = {}
         for row, pair in enumerate(zip(graph.relation_ids, graph.relation_names, strict=True)):
             for name in (pair[1], relation_name(pair[0])):
@@ -53,19 +54,3 @@ class Linker:
 def _enter(table: dict[str, list[int]], key: str, row: int) -> None:
     if key and row not in table.setdefault(key, []):
         table[key].append(row)
-
-
-def _aliases(graph: Graph, folder: pathlib.Path) -> Iterable[tuple[int, str]]:
-    rows = {identifier: row for row, identifier in enumerate(graph.entity_ids)}
-    for stem, key in (("items", "item_id"), ("entities", "entity_id")):
-        path = find_table(folder, stem)
-        column = next((c for c in ALIASES if path and c in read_header(path)), "")
-        if not column:
-            continue
-        table = read_table(path, {key: "id", column: "text"}, {"entity_id": "text"} if stem == "items" else {})
-        ids = table[key].strings()
-        if stem == "items" and "entity_id" in table:
-            ids = [e or i for e, i in zip(table["entity_id"], ids, strict=True)]
-        for identifier, cell in zip(ids, table[column], strict=True):
-            if identifier in rows:
-                yield from ((rows[identifier], alias) for alias in cell.split("|") if alias.strip())
