@@ -46,27 +46,38 @@ def table_cross_entropy(
     Under `jax.set_mesh` with a table whose rows divide by the devices, each device works on N/devices rows and only
     [B]- and [B, D]-sized sums travel; the result is the same up to rounding.
     """
-    rows = table.shape[0]
-    num_rows = rows if num_rows is None else num_rows
-    if not 0 < num_rows <= rows:
-        raise ValueError(f"num_rows: found {num_rows}, expected 1 to the table's {rows} rows")
-    if targets.ndim == 1:
-        targets = targets[:, None]  # [B, 1]
-        weights = None if weights is None else weights[:, None]
-    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    weights = jax.lax.stop_gradient(jnp.where(targets < 0, 0.0, weights))
+    num_rows, targets, weights, outside = targets_and_weights(table, targets, weights, num_rows)
     if bias is not None:
         bias = bias.astype(jnp.float32)
     if log_q is not None:
         taken_off = jax.lax.stop_gradient(log_q.astype(jnp.float32))
         bias = -taken_off if bias is None else bias - taken_off
-    targets_of = jnp.where(weights != 0, targets, -1)
-    if 4 * queries.shape[0] * _device_rows(table) <= keep_bytes:
-        losses = _kept_cross_entropy(queries, table, bias, targets_of, weights, num_rows)
+    if 4 * queries.shape[0] * device_rows(table) <= keep_bytes:
+        losses = _kept_cross_entropy(queries, table, bias, targets, weights, num_rows)
     else:
-        losses = _cross_entropy(queries, table, bias, targets_of, weights, num_rows, block_rows)
-    outside = ((targets >= num_rows) & (weights != 0)).any(axis=1)
+        losses = _cross_entropy(queries, table, bias, targets, weights, num_rows, block_rows)
     return jnp.where(outside, jnp.nan, losses)
+
+
+def targets_and_weights(table: jax.Array, targets: jax.Array, weights: jax.Array | None, num_rows: int | None
+                        ) -> tuple[int, jax.Array, jax.Array, jax.Array]:
+    """(rows that take part, targets [B, T] with −1 at padding, weights [B, T] with 0 there, target beyond them [B])."""
+    rows = table.shape[0]
+    num_rows = rows if num_rows is None else num_rows
+    if not 0 < num_rows <= rows:
+        raise ValueError(f"num_rows: found {num_rows}, expected 1 to the table's {rows} rows")
+    targets, weights = _shown(targets, weights)
+    outside = ((targets >= num_rows) & (weights != 0)).any(axis=1)
+    return num_rows, jnp.where(weights != 0, targets, -1), weights, outside
+
+
+def _shown(targets: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights as [B, T], weights 0 at negative targets and without a gradient."""
+    if targets.ndim == 1:
+        targets = targets[:, None]  # [B, 1]
+        weights = None if weights is None else weights[:, None]
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+    return targets, jax.lax.stop_gradient(jnp.where(targets < 0, 0.0, weights))
 
 
 def sampled_cross_entropy(
@@ -86,11 +97,7 @@ def sampled_cross_entropy(
     rows; the target is there for certain and is not corrected (Bengio & Senécal, 2008, with the target apart). A
     candidate that equals a target of its example is left out. targets, weights and bias as there.
     """
-    if targets.ndim == 1:
-        targets = targets[:, None]  # [B, 1]
-        weights = None if weights is None else weights[:, None]
-    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    weights = jax.lax.stop_gradient(jnp.where(targets < 0, 0.0, weights))
+    targets, weights = _shown(targets, weights)
 
     def score(rows):  # rows [..., D] of the table against their queries
         return jnp.einsum("bd,b...d->b...", queries, rows, preferred_element_type=jnp.float32)
@@ -202,7 +209,7 @@ def _backward(num_rows, block_rows, saved, g):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _device_rows(table) -> int:
+def device_rows(table) -> int:
     """The rows of a table that one device works on."""
     mesh = active_mesh()
     return table.shape[0] if mesh is None or table.shape[0] % mesh.size else table.shape[0] // mesh.size
@@ -214,7 +221,7 @@ def _over_rows(walk, table, out_specs, columns=None):
     `columns`: the place in `rest` of an array [B, N] that is laid out like the table's rows.
     """
     mesh = active_mesh()
-    if _device_rows(table) == table.shape[0]:
+    if device_rows(table) == table.shape[0]:
         return lambda table, bias, *rest: walk(0, (), table, bias, *rest)
     axes = tuple(mesh.axis_names)
     by_rows = {"table": P(axes, None), "bias": P(axes), "columns": P(None, axes)}

@@ -70,7 +70,7 @@ def structure_loss(cfg: Config, model: GraphEmbedding, tables: dict, batch: Link
     if cfg.loss == "margin":
         link = model.margin_losses(tables, batch, margin=cfg.margin, temperature=cfg.adversarial, key=keys[0]).sum()
     else:
-        link = model.structure_losses(tables, batch, keys[0]).sum()
+        link = model.structure_loss(tables, batch, keys[0])
     loss, metrics = link / count, {"link_loss": (link, count)}
     if cfg.n3:
         loss = loss + cfg.n3 * model.nuclear_3_norms(tables, batch).sum() / count
