@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kgrec_jax import cli
-from kgrec_jax.data import graph_build, graph_endpoint, graph_workers
+from kgrec_jax.data import graph_build, graph_endpoint, graph_spill, graph_workers
 from kgrec_jax.data.folder import DataConfig, read_folder
 from kgrec_jax.data.graph_build import BuildConfig, build_graph
 from kgrec_jax.errors import KgrecError
@@ -196,3 +196,11 @@ def test_endpoint_that_is_none(tmp_path):
         build(tmp_path, rdf=(), endpoint="http://x")
     with pytest.raises(KgrecError, match="expected one of --rdf FILE… and --endpoint URL"):
         build(tmp_path, rdf=())
+
+
+def test_a_term_and_many_terms_go_to_the_same_partition():
+    terms = ["<http://a/1>", "_:b", "a", "", "<http://例え/物>", "<http://a/2>"]
+    many = graph_spill.partitions_of(terms, 7)
+    assert many.tolist() == [graph_spill.partition_of(t, 7) for t in terms]
+    spread = np.bincount(graph_spill.partitions_of([f"<http://a/{k}>" for k in range(8000)], 8), minlength=8)
+    assert spread.min() > 700 and spread.max() < 1300

@@ -9,6 +9,7 @@ blank nodes that Turtle or RDF/XML leave without a label, and, with items, their
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import tempfile
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from kgrec_jax.data import graph_endpoint
 from kgrec_jax.data.graph_numbers import Numbers, bucket_literals
-from kgrec_jax.data.graph_spill import Finished, Keep, Spilled, finish, labels, neighbours, redirect, rewrite, spill
+from kgrec_jax.data.graph_spill import (
+    Finished, Keep, Spilled, finish, labels, mentioned, neighbours, redirect, rewrite, spill)
 from kgrec_jax.data.graph_workers import Workers
 from kgrec_jax.data.names import relation_name
 from kgrec_jax.data.rdf_terms import Piece, bare, format_of, pieces
@@ -131,14 +133,14 @@ def _build(cfg: BuildConfig, items: Mapping[str, str], parts: Sequence[Piece], s
         if not others:
             break
         near |= others  # owl:sameAs is no step: what other names say is as near
-        for path in [*scratch.glob("part.*"), *scratch.glob("triples.*")]:
+        for path in itertools.chain.from_iterable(scratch.glob(f"{name}.*") for name in ("part", "entity", "triples")):
             path.unlink()
     if not total.triples:
         raise KgrecError(f"{parts[0].path}: found no triple {'that touches an item' if items else 'between entities'}"
                          f"{' by the relations given' if wanted else ''}, expected some; check "
                          f"{'the IRIs of --items' if items else 'the file'}")
     if near is not None:  # names of the outermost entities are wanted too: only now are they known
-        about = frozenset(_mentioned(scratch, count)) | near | total.relations | total.predicates
+        about = frozenset().union(*(mentioned(scratch, k) for k in range(count))) | near | total.relations | total.predicates
         second = workers.map("names", spill, scratch, count, Keep(frozenset(), wanted, True, about), len(parts))
         total = dataclasses.replace(total, predicates=total.predicates | Spilled.join(second).predicates)
     same = merge_same(total.same, items)
@@ -207,15 +209,6 @@ def _reach(items: Mapping[str, str], hops: int, wanted: frozenset[str], workers:
         notes.append(f"step {steps}: {len(reached):,} entities reached")
         steps += 1
     return reached
-
-
-def _mentioned(scratch: Path, count: int) -> set[str]:
-    found: set[str] = set()
-    for k in range(count):
-        for path in scratch.glob(f"part.{k}.*"):
-            with open(path, encoding="utf-8", newline="\n") as file:
-                found.update(line[:-1] for line in file if " " not in line)
-    return found
 
 
 def _relation_names(cfg: BuildConfig, total: Spilled, scratch: Path, count: int, notes: list[str]) -> dict[str, str]:

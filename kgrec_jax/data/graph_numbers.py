@@ -7,7 +7,7 @@ a sample of each relation's decides where its buckets end, and what they are cal
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ class _Relation:
         return self.sample[:min(self.seen, _SAMPLE)]
 
 
-def write_literals(words: Words, entities: Mapping[str, object], path: Path) -> None:
+def write_literals(words: Words, entities: Collection[str], path: Path) -> None:
     """Write the literals, other than names and descriptions, of the entities as lines `subject relation value`."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for subject, relations in words.texts.items():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from kgrec_jax.data.rdf_terms import BlankNodes, Piece, bare, coded, statements
 from kgrec_jax.data.rdf_words import NAMES, SAME_AS, TYPE, Words
 
 _BUFFER = 1 << 24  # characters on their way to the partitions
-_SEEN = 1 << 17  # entities remembered as written: most mentions of an entity stand close together
+_MIX, _TAIL = 0x9E3779B97F4A7C15, 8  # of the hash of a term: Fibonacci hashing of its last bytes (Knuth 1973, §6.4)
 
 Told = Callable[[int], None] | None
 
@@ -65,24 +64,53 @@ class Finished:
     counts: Counter[str]
 
 
-class _Partitions:
-    """Lines on their way to the files part.K.NUMBER, K by a hash of their subject."""
+def partitions_of(terms: Sequence[str], count: int) -> np.ndarray:
+    """[D] the partition, of `count`, of each term: a hash of its last bytes, where IRIs of one namespace differ."""
+    column = pa.array(terms, pa.string())
+    offsets = np.frombuffer(column.buffers()[1], np.int32)[:len(terms) + 1].astype(np.int64)
+    content = np.frombuffer(column.buffers()[2] or b"\0", np.uint8)
+    places = offsets[1:, None] + np.arange(-_TAIL, 0)  # [D, 8]
+    tails = np.where(places >= offsets[:-1, None], content[np.maximum(places, 0)], np.uint8(0))
+    mixed = np.ascontiguousarray(tails).view("<u8")[:, 0] * np.uint64(_MIX)
+    return ((mixed >> np.uint64(40)) % np.uint64(count)).astype(np.int64)
 
-    def __init__(self, scratch: Path, number: int | str, count: int):
-        self._scratch, self._number, self._lines = scratch, number, [[] for _ in range(count)]
+
+def partition_of(term: str, count: int) -> int:
+    """The same for one term."""
+    tail = int.from_bytes(term.encode()[-_TAIL:].rjust(_TAIL, b"\0"), "little")
+    return ((tail * _MIX % (1 << 64)) >> 40) % count
+
+
+class _Partitions:
+    """Lines on their way to the files NAME.K.NUMBER, K by a hash of their subject."""
+
+    def __init__(self, scratch: Path, name: str, number: int | str, count: int):
+        self._scratch, self._name, self._number = scratch, name, number
+        self._lines: list[list[str]] = [[] for _ in range(count)]
         self._size = 0
 
-    def add(self, subject: str, line: str) -> None:
-        self._lines[zlib.crc32(subject.encode()) % len(self._lines)].append(line)
-        self._size += len(line)
+    def add(self, place: int, line: str) -> None:
+        self._lines[place].append(line)
+        self._took(len(line))
+
+    def add_many(self, places: np.ndarray, lines: Sequence[str]) -> None:
+        """Lines in the order of their partitions `places`."""
+        starts = np.searchsorted(places, np.arange(len(self._lines) + 1)).tolist()
+        for k, (start, stop) in enumerate(zip(starts, starts[1:])):
+            self._lines[k].extend(lines[start:stop])
+        self._took(sum(map(len, lines)))
+
+    def _took(self, size: int) -> None:
+        self._size += size
         if self._size > _BUFFER:
             self.flush()
 
     def flush(self) -> None:
         for k, lines in enumerate(self._lines):
             if lines:
-                with open(self._scratch / f"part.{k}.{self._number}", "a", encoding="utf-8", newline="\n") as file:
-                    file.write("\n".join(lines) + "\n")
+                file = self._scratch / f"{self._name}.{k}.{self._number}"
+                with open(file, "a", encoding="utf-8", newline="\n") as target:
+                    target.write("\n".join(lines) + "\n")
                 lines.clear()
         self._size = 0
 
@@ -105,22 +133,22 @@ def _among(terms: Sequence[str], chosen: Collection[str]) -> np.ndarray:
 
 
 def spill(piece: Piece, number: int, told: Told, scratch: Path, count: int, keep: Keep, shift: int = 0) -> Spilled:
-    """Write the triples that are kept to triples.NUMBER, entities and literals to the partitions."""
-    parts = _Partitions(scratch, f"{number + shift:06}", count)
+    """Write the triples that are kept to triples.NUMBER, entities to the partitions `entity`, what is said of them in
+    words or types to the partitions `part`."""
+    parts, mentions = (_Partitions(scratch, name, f"{number + shift:06}", count) for name in ("part", "entity"))
     relations: set[str] = set()
     predicates: set[str] = set()
-    seen: set[str] = set()
     same: list[tuple[str, str]] = []
     triples = quoted = 0
     with open(scratch / f"triples.{number + shift}", "wb") as file:
         for codes, terms, literal, statement in _terms(piece, told):
             is_fact = ~literal[codes[:, 2]]
             words, facts = codes[~is_fact], codes[is_fact]
+            places = partitions_of(terms, count)
             predicates.update(terms[k] for k in compact(words[:, 1], len(terms))[0].tolist())
             if keep.words:
                 chosen = words if keep.about is None else words[_among(terms, keep.about)[words[:, 0]]]
-                for h, r, t in chosen.tolist():
-                    parts.add(terms[h], f"{terms[h]} {terms[r]} {terms[t]}")
+                _add_statements(parts, places, terms, chosen)
             if keep.near is not None:
                 near = _among(terms, keep.near) if keep.near else np.zeros(len(terms), bool)
                 facts = facts[near[facts[:, 0]] | near[facts[:, 2]]]
@@ -137,24 +165,26 @@ def spill(piece: Piece, number: int, told: Told, scratch: Path, count: int, keep
             triples += len(facts)
             relations.update(terms[k] for k in compact(facts[:, 1], len(terms))[0].tolist())
             kind = terms.index(TYPE) if TYPE in terms else -1
-            for h, r, t in facts[facts[:, 1] == kind].tolist():
-                parts.add(terms[h], f"{terms[h]} {terms[r]} {terms[t]}")  # types of an entity are counted together
+            _add_statements(parts, places, terms, facts[facts[:, 1] == kind])  # types of one are counted together
             file.write(_lines(terms, facts, keep.source or piece.path.name))
-            if len(seen) > _SEEN:
-                seen = set()
-            for k in compact(facts[:, [0, 2]], len(terms))[0].tolist():
-                entity = terms[k]
-                if entity not in seen:
-                    seen.add(entity)
-                    parts.add(entity, entity)
+            rows = compact(facts[:, [0, 2]], len(terms))[0]
+            rows = rows[np.argsort(places[rows], kind="stable")]
+            mentions.add_many(places[rows], [terms[k] for k in rows.tolist()])
     parts.flush()
+    mentions.flush()
     return Spilled(triples, frozenset(relations), frozenset(predicates), same, quoted)
+
+
+def _add_statements(parts: _Partitions, places: np.ndarray, terms: Sequence[str], codes: np.ndarray) -> None:
+    for place, (h, r, t) in zip(places[codes[:, 0]].tolist(), codes.tolist()):
+        parts.add(place, f"{terms[h]} {terms[r]} {terms[t]}")
 
 
 def _lines(terms: Sequence[str], facts: np.ndarray, source: str) -> memoryview:
     """The rows as lines of triples.tsv: Arrow keeps joined strings one after another, just as a file has them."""
     end = "\t" + " ".join(source.split()) + "\n"
-    ids = pa.array([bare(t) for t in terms], pa.string())
+    whole = pa.array(terms, pa.string())
+    ids = pc.if_else(pc.starts_with(whole, "<"), pc.utf8_slice_codeunits(whole, 1, -1), whole)  # `bare` of each
     ends = pc.binary_join_element_wise(ids, end, "")
     rows = pc.binary_join_element_wise(ids.take(pa.array(facts[:, 0])), ids.take(pa.array(facts[:, 1])),
                                        ends.take(pa.array(facts[:, 2])), "\t")
@@ -182,19 +212,27 @@ def neighbours(piece: Piece, number: int, told: Told, reached: frozenset[str],
     return near, alias
 
 
-def _partition(scratch: Path, k: int) -> object:
-    """The lines of a partition in the order of the pieces."""
+def _partition(scratch: Path, k: int) -> Iterator[str]:
+    """The lines of a partition's words and types in the order of the pieces."""
     for path in sorted(scratch.glob(f"part.{k}.*")):
         with open(path, encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield line[:-1]
 
 
+def mentioned(scratch: Path, k: int) -> set[str]:
+    """The entities of a partition."""
+    found: set[str] = set()
+    for path in scratch.glob(f"entity.{k}.*"):
+        found.update(path.read_text(encoding="utf-8").split("\n"))
+    return found - {""}
+
+
 def redirect(scratch: Path, count: int, same: Mapping[str, str]) -> None:
     """Move what is said of an entity that stands under another name now to that one's partition."""
-    moved = _Partitions(scratch, "same", count)
-    for k in range(count):
-        for path in sorted(scratch.glob(f"part.{k}.[0-9]*")):
+    for name in ("part", "entity"):
+        moved = _Partitions(scratch, name, "same", count)
+        for path in sorted(scratch.glob(f"{name}.*.[0-9]*")):
             fresh = path.with_name(f"fresh.{path.name}")
             with open(path, encoding="utf-8", newline="\n") as old, open(fresh, "w", encoding="utf-8",
                                                                         newline="\n") as new:
@@ -204,9 +242,9 @@ def redirect(scratch: Path, count: int, same: Mapping[str, str]) -> None:
                     if other is None:
                         new.write(line)
                     else:
-                        moved.add(other, other + space + rest)
+                        moved.add(partition_of(other, count), other + space + rest)
             os.replace(fresh, path)
-    moved.flush()
+        moved.flush()
 
 
 def rewrite(path: Path, same: Mapping[str, str]) -> None:
@@ -223,10 +261,10 @@ def rewrite(path: Path, same: Mapping[str, str]) -> None:
 def labels(scratch: Path, count: int, wanted: Collection[str], languages: Sequence[str]) -> dict[str, str]:
     """The names of relations, from the partitions that hold them."""
     words = Words(languages)
-    for k in sorted({zlib.crc32(r.encode()) % count for r in wanted}):
+    for k in sorted({partition_of(r, count) for r in wanted}):
         for line in _partition(scratch, k):
             subject, _, rest = line.partition(" ")
-            if rest and subject in wanted:
+            if subject in wanted:
                 relation, _, literal = rest.partition(" ")
                 if relation in NAMES:
                     words.add(subject, relation, literal)
@@ -236,17 +274,14 @@ def labels(scratch: Path, count: int, wanted: Collection[str], languages: Sequen
 def finish(k: int, scratch: Path, languages: Sequence[str], relation_names: Mapping[str, str],
            items: Collection[str], numbers: bool = False) -> Finished:
     """Write entities.K from a partition, which is removed, and with `numbers` its literals to literals.K."""
-    words, entities, types = Words(languages), {}, {}
+    words, entities, types = Words(languages), mentioned(scratch, k), {}
     for line in _partition(scratch, k):
         head, _, rest = line.partition(" ")
-        if rest:
-            relation, _, literal = rest.partition(" ")
-            if literal[0] == '"':
-                words.add(head, relation, literal)
-            else:
-                types.setdefault(head, set()).add(literal)
+        relation, _, literal = rest.partition(" ")
+        if literal[0] == '"':
+            words.add(head, relation, literal)
         else:
-            entities[head] = None
+            types.setdefault(head, set()).add(literal)
     unnamed = 0
     with open(scratch / f"entities.{k}", "w", encoding="utf-8", newline="\n") as file:
         for entity in sorted(entities):  # the same order however many processes parsed
@@ -255,10 +290,10 @@ def finish(k: int, scratch: Path, languages: Sequence[str], relation_names: Mapp
             file.write(f"{bare(entity)}\t{name}\t{words.text(entity, relation_names)}\n")
     if numbers:
         write_literals(words, entities, scratch / f"literals.{k}")
-    for path in scratch.glob(f"part.{k}.*"):
+    for path in [*scratch.glob(f"part.{k}.*"), *scratch.glob(f"entity.{k}.*")]:
         path.unlink()
     counts = words.counts
-    astray = {*words.names, *words.descriptions, *words.texts} - entities.keys() - relation_names.keys()
+    astray = {*words.names, *words.descriptions, *words.texts} - entities - relation_names.keys()
     if astray:
         counts["subjects of literals that stand in no triple"] += len(astray)
     several = sum(len(found) > 1 for found in types.values())

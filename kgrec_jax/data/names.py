@@ -14,20 +14,27 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 def local_name(identifier: str) -> str:
     """The last part of an IRI, percent-decoded; any other identifier without a `kind/` prefix such as `entity/`."""
     if "://" in identifier or identifier.startswith("urn:"):
-        tail = re.split(r"[#/:]", identifier.rstrip("#/:"))[-1]
-        return urllib.parse.unquote(tail)
+        whole = identifier.rstrip("#/:")
+        tail = whole[max(whole.rfind("#"), whole.rfind("/"), whole.rfind(":")) + 1:]
+        return urllib.parse.unquote(tail) if "%" in tail else tail
     return re.sub(r"^(entity|item|user|node)[/:](?=.)", "", identifier)
 
 
 def is_key(identifier: str) -> bool:
     """Whether the identifier is plainly a key of some data base and says nothing to a reader."""
-    return not identifier.strip() or _KEY.fullmatch(local_name(identifier)) is not None
+    return _is_key(identifier, local_name(identifier))
 
 
 def name_from_id(identifier: str) -> str:
     """A readable name for an entity, "" where its identifier is opaque: its vector must speak for it then."""
     local = local_name(identifier)
-    return "" if is_key(identifier) or _NUMBER.fullmatch(local) else " ".join(local.replace("_", " ").split())
+    if _is_key(identifier, local) or _NUMBER.fullmatch(local):
+        return ""
+    return " ".join(local.replace("_", " ").split())
+
+
+def _is_key(identifier: str, local: str) -> bool:
+    return not identifier.strip() or _KEY.fullmatch(local) is not None
 
 
 def relation_name(identifier: str) -> str:
