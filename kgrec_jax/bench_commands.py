@@ -34,11 +34,18 @@ def _graph(argv: list[str]) -> int:
     return graph.run(argv)
 
 
+def _scale(argv: list[str]) -> int:
+    from kgrec_jax.bench import scale
+
+    return scale.run(argv)
+
+
 # Another bench is a function beside those above (JAX is imported inside it) and an entry here.
 BENCHES = {
     "language": Bench("masked-LM training and encoding: tokens/s, utilisation, peak memory", _language),
     "graph": Bench("link prediction: training queries/s, sampled positives/s, filtered ranks/s, memory", _graph),
     "peft": Bench("every way to tune an encoder: share, memory, tokens/s, quality on a graph task", _peft),
+    "scale": Bench("a log of millions of rows: seconds and memory of reading, iALS, towers, ranking", _scale),
 }
 
 

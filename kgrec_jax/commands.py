@@ -88,7 +88,10 @@ def evaluate(args: argparse.Namespace) -> int:
     """`kgrec evaluate`: the report of a finished run again."""
     from kgrec_jax import pipeline
 
-    pipeline.evaluate_run(pathlib.Path(args.run), quiet=False)
+    if args.seeds is not None and not args.controls:
+        raise KgrecError("--seeds: found without --controls, expected them together")
+    asked = ({"tradeoff": True} if args.tradeoff else {}) | ({"seeds": args.seeds or 1} if args.controls else {})
+    pipeline.evaluate_run(pathlib.Path(args.run), quiet=False, **asked)
     return 0
 
 
@@ -116,6 +119,7 @@ def recommend(args: argparse.Namespace) -> int:
         raise KgrecError(f"--out: found {args.out} with {chosen[0]}, expected --all-users with it")
     if args.all_users and args.json:
         raise KgrecError("--json: found with --all-users, which writes a table, expected one of them")
+    again = reordering(args)
     out = new_file(args.out) if args.all_users else None  # before the work, which may take minutes
     candidates = read_candidates(args.candidates) if args.candidates is not None else None
     from kgrec_jax.serving.recommender import Recommender
@@ -126,10 +130,10 @@ def recommend(args: argparse.Namespace) -> int:
         say(f"note: {held.held_out:,} interactions were held out to measure; their items may appear "
             "(kgrec refit learns from them)")
     if args.all_users:
-        write_ranked(out, held.user_ids, held.item_ids, *held.all_users(args.k, ids))
+        write_ranked(out, held.user_ids, held.item_ids, *held.all_users(args.k, ids, **again))
         return 0
     name = chosen[0][2:]
-    found = held.recommend(**{name: getattr(args, name)}, k=args.k, candidates=ids,
+    found = held.recommend(**{name: getattr(args, name)}, k=args.k, candidates=ids, **again,
                            say=lambda line: say(f"note: {line}"))
     if args.json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
@@ -139,6 +143,18 @@ def recommend(args: argparse.Namespace) -> int:
     if not found:
         say("note: nothing is left to recommend; with --candidates, none of them is new to the user")
     return 0
+
+
+def reordering(args: argparse.Namespace) -> dict[str, Any]:
+    """{"rerank": …} of --diversity or --calibrate, nothing without them; KgrecError for both."""
+    if args.diversity is None and args.calibrate is None:
+        return {}
+    if args.diversity is not None and args.calibrate is not None:
+        raise KgrecError("--diversity: found with --calibrate, expected one of them")
+    from kgrec_jax.serving.rerank import Rerank
+
+    variety = args.diversity is not None
+    return {"rerank": Rerank("mmr", args.diversity) if variety else Rerank("calibrated", args.calibrate)}
 
 
 def read_candidates(path: str) -> dict[str, int]:

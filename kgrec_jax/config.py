@@ -135,7 +135,12 @@ class Field:
         """The type in words."""
         if typing.get_origin(self.kind) is typing.Literal:
             return "one of " + ", ".join(map(str, typing.get_args(self.kind)))
-        return f"values of type {typing.get_args(self.kind)[0].__name__}" if self.many else self.kind.__name__
+        if not self.many:
+            return self.kind.__name__
+        inner = typing.get_args(self.kind)[0]
+        if typing.get_origin(inner) is typing.Literal:
+            return "any of " + ", ".join(map(str, typing.get_args(inner)))
+        return f"values of type {inner.__name__}"
 
     def reads(self, word: str) -> bool:
         """Whether an argument is a value of the field (one of its values, where it takes many)."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
-
-import numpy as np
-import scipy.sparse as sp
 
 from kgrec_jax import compilation_cache
 from kgrec_jax.budget import announce
 from kgrec_jax.config import Experiment, from_json
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.evaluation.plots import draw_plots
-from kgrec_jax.evaluation.ranking import evaluate_ranking
+from kgrec_jax.evaluation.control_words import console_lines
+from kgrec_jax.evaluation.controls import finished_controls, predicted_popularity, run_controls
+from kgrec_jax.evaluation.judge import Judge
+from kgrec_jax.evaluation.plots import draw_plots, plot_controls
+from kgrec_jax.evaluation.ranking import RankingResult
 from kgrec_jax.evaluation.report import Report, make_report, read_report, write_report
 from kgrec_jax.evaluation.render import print_report
+from kgrec_jax.evaluation.tradeoff import lines, measure_tradeoffs, write_tradeoffs
 from kgrec_jax.models.recommender import TOWER
+from kgrec_jax.serving.intake import JOURNAL
 from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import fuse, graph, pretrain
 from kgrec_jax.tracking import write_json
@@ -36,6 +39,8 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     if experiment.data.path or until != "pretrain":  # a corpus of its own needs no data set
         for note in held.dataset.notes:
             held.tracker.say(f"note: {note}")
+        if until == "fuse":
+            fuse.check_data(experiment.fuse, held.dataset)
         announce(experiment, held)
     for name, stage in (("pretrain", pretrain.run), ("graph", graph.run))[:STAGES.index(until) + 1]:
         if held.done(name) is None:
@@ -64,11 +69,20 @@ def check(experiment: Experiment) -> None:
         stage.check(cfg)
 
 
-def evaluate_run(workdir: pathlib.Path | str, quiet: bool = False) -> Report | None:
-    """Ranks the test of a finished run anew and writes its report, None without a test; nothing is trained."""
+def evaluate_run(workdir: pathlib.Path | str, quiet: bool = False, tradeoff: bool = False,
+                 seeds: int = 0) -> Report | None:
+    """Ranks the test of a finished run anew and writes its report, None without a test; nothing of the run is trained.
+
+    `tradeoff`: also what variety and calibration of its lists cost, in tradeoff.tsv and a picture. `seeds`: so many
+    trainings of every control (see `evaluation.controls`) and of the run itself are compared; 0: none is trained.
+    Raises Interrupted after Ctrl-C once the control at work is saved.
+    """
     compilation_cache.enable()
     held = _open(workdir, quiet)
-    return _fuse_and_report(held, quiet)
+    if seeds and not len(held.split.test):
+        raise KgrecError(f"--controls: found nothing held out in {workdir} to measure on, expected a run with a test "
+                         "part; run it with data.split.test_share above 0")
+    return _fuse_and_report(held, quiet, tradeoff, seeds)
 
 
 def refit(workdir: pathlib.Path | str, out: pathlib.Path | str, quiet: bool = False) -> Recommender:
@@ -84,6 +98,7 @@ def refit(workdir: pathlib.Path | str, out: pathlib.Path | str, quiet: bool = Fa
     model, log = fuse.refit(held.experiment, held, out)
     shape = held.dataset.num_users, held.dataset.num_items
     recommender = Recommender.build(held, model, log=log, known=log.matrix(*shape), held_out=0)
+    recommender = recommender.with_categories_of(held)
     recommender.save(out / "recommender")
     write_json(out / "refit.json", {"format_version": FORMAT_VERSION, "run": held.path.name, "interactions": len(log)})
     held.tracker.say(f"refit on {len(log):,} interactions: kgrec recommend {out} --user ID")
@@ -93,7 +108,11 @@ def refit(workdir: pathlib.Path | str, out: pathlib.Path | str, quiet: bool = Fa
 def _open(workdir: pathlib.Path | str, quiet: bool) -> Run:
     """A run whose stages are all finished."""
     path = pathlib.Path(workdir)
-    held = Run.open(path, from_json(Experiment, read_experiment_json(path)["config"]), quiet)
+    about = read_experiment_json(path)
+    if "control" in about:
+        raise KgrecError(f"{path}: found the control {about['control']['name']} of a run, expected a run itself: "
+                         f"{path.resolve().parents[2]}")
+    held = Run.open(path, from_json(Experiment, about["config"]), quiet)
     for name in STAGES:
         if held.done(name) is None:
             raise KgrecError(f"{path}: found a run whose stage {name} is not finished, expected a finished one; finish "
@@ -125,67 +144,72 @@ def _skipped(stages: dict[str, dict]) -> dict[str, str]:
     return {name: done["skipped"] for name, done in stages.items() if "skipped" in done}
 
 
-def _fuse_and_report(held: Run, quiet: bool) -> Report | None:
-    """Fits (or reads) the fused model, ranks the test, writes recommender, report and plots."""
+def _fuse_and_report(held: Run, quiet: bool, tradeoff: bool = False, seeds: int = 0) -> Report | None:
+    """Fits (or reads) the fused model, ranks the test, writes recommender, report and plots; controls of `seeds`."""
     began = time.monotonic()
     model, rows, results = fuse.run(held.experiment, held)
     before = held.done("fuse") or {}
     wall = before.get("wall_seconds", time.monotonic() - began)
     began = time.monotonic()
-    recommender = Recommender.from_run(held, model)
+    recommender = Recommender.from_run(held, model).with_categories_of(held)
+    if (held.path / JOURNAL).is_file():
+        held.tracker.say(f"note: the items that {held.path / JOURNAL} lists are no longer in the recommender; it says "
+                         "from where kgrec items add added them")
     if not len(held.split.test):
         recommender.save(held.path / "recommender")
         held.tracker.say("nothing was held out to measure on (data.split.test_share is 0): no report")
         held.finish("fuse", {**results, "wall_seconds": wall})
         return None
-    report = evaluate(held, recommender, rows, results, wall)
+    judge = Judge.of(held, recommender.histories, recommender.known)
+    report, ranked = evaluate(held, recommender, judge, rows, results, wall)
     recommender.save(held.path / "recommender")
     draw_plots(report.models, held.path)
-    write_report(report, held.path)
+    if tradeoff:
+        _tradeoffs(held, recommender, judge, quiet)
+    report = _with_controls(report, held.path, *finished_controls(held))
     held.finish("fuse", {**results, "wall_seconds": wall, "evaluate_seconds": time.monotonic() - began})
+    if seeds:
+        given = {"run": ranked["fusion"], **predicted_popularity(model, judge)}
+        del model, rows, recommender, ranked  # matrices of all items, which controls are going to have too
+        report = _with_controls(report, held.path, *run_controls(held, judge, given, seeds))
     if not quiet:
         print_report(report)
+        print("".join(f"{line}\n" for line in console_lines(report.controls)), end="")
     return report
 
 
-def evaluate(held: Run, recommender: Recommender, rows: dict, results: dict, fuse_seconds: float) -> Report:
-    """Ranks the test for the baselines, the towers and the fused model."""
-    data, split = held.dataset, held.split
-    shape = data.num_users, data.num_items
-    fit, test = split.fit.matrix(*shape), split.test.matrix(*shape)
-    notes, limit = list(data.notes), held.experiment.fuse.eval_users
-    users = np.flatnonzero(test.getnnz(axis=1))
-    if limit and len(users) > limit:
-        drawn = np.zeros(shape[0], np.float32)
-        drawn[np.random.default_rng((held.experiment.seed, 29)).choice(users, limit, replace=False)] = 1.0
-        notes.append(f"measured on {limit:,} of {len(users):,} users, drawn by the seed (fuse.eval_users)")
-        test = (sp.diags(drawn) @ test).tocsr()
-        test.eliminate_zeros()
-    candidates = None
-    if split.kind == "cold-items":  # the protocol of that split: what nobody has touched, among itself
-        candidates = np.isin(np.arange(data.num_items), split.cold_items)
-        notes.append(f"the split is cold-items: the {len(split.cold_items):,} hidden items are ranked among themselves")
-    model, histories, known = recommender.model, recommender.histories, recommender.known
-    block = max(8, min(256, 2_000_000 // data.num_items))
+def _with_controls(report: Report, folder: pathlib.Path, controls: dict | str, seconds: float) -> Report:
+    """The report, written with what the controls found."""
+    timing = report.timing | ({"controls": seconds} if seconds else {})
+    report = dataclasses.replace(report, controls=controls, timing=timing)
+    plot_controls(controls, folder / "plots" / "controls.png")
+    write_report(report, folder)
+    return report
 
-    def rank(score_block):
-        return evaluate_ranking(score_block, known=known, relevant=test, num_items=data.num_items, fit=fit, block=block,
-                                candidates=candidates)
 
-    def of_part(part):
-        def score(users):
-            scores = np.array(part.scores(histories.matrix[users]))
-            scores[:, ~part.known] = np.finfo(np.float32).min
-            return scores
-        return score
+def _tradeoffs(held: Run, recommender: Recommender, judge: Judge, quiet: bool) -> None:
+    """Leaves tradeoff.tsv and its picture, which the report then shows."""
+    found = measure_tradeoffs(recommender, recommender.measures(judge.candidates)[0], judge.test, held.experiment.seed)
+    if not found:
+        held.tracker.say("tradeoff: nothing says which items are alike or of one kind: no table")
+        return
+    write_tradeoffs(found, held.path)
+    if not quiet:
+        print("\n".join(lines(found)))
 
-    ranked = {name: rank(of_part(part)) for name, part in rows.items()}
-    ranked[TOWER] = rank(lambda users: model.part_scores(histories.take(users), TOWER))
-    ranked["fusion"] = rank(lambda users: model.scores(histories.take(users)))
+
+def evaluate(held: Run, recommender: Recommender, judge: Judge, rows: dict, results: dict,
+             fuse_seconds: float) -> tuple[Report, dict[str, RankingResult]]:
+    """(the report on the baselines, the towers and the fused model, their rankings of the test)."""
+    data, split, model = held.dataset, held.split, recommender.model
+    ranked = {name: judge.of_part(part) for name, part in rows.items()}
+    ranked |= {TOWER: judge.of_towers(model), "fusion": judge.of_model(model)}
+    measures, by = recommender.measures(judge.candidates)
+    ranked = {name: measures.added_to(result) for name, result in ranked.items()}
     stages = {name: held.done(name) or {} for name in ("pretrain", "graph")}
     timing, skipped = _seconds(stages) | {"fuse": fuse_seconds}, _skipped(stages) | results["skipped"]
-    user = int(np.flatnonzero(test.getnnz(axis=1))[0])
-    example = recommender.example(user)
-    return make_report(ranked, name=data.name, split=split.kind, fit_on=split.fit_on, history=split.fit_on,
-                       seed=held.experiment.seed, reference="fusion", timing=timing, skipped=skipped, example=example,
-                       link_prediction=stages["graph"].get("link_prediction", {}), notes=tuple(notes))
+    report = make_report(
+        ranked, name=data.name, split=split.kind, fit_on=split.fit_on, history=split.fit_on, seed=held.experiment.seed,
+        reference="fusion", timing=timing, skipped=skipped, example=recommender.example(judge.first_user),
+        link_prediction=stages["graph"].get("link_prediction", {}), notes=(*data.notes, *judge.notes, by))
+    return report, ranked

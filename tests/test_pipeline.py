@@ -124,3 +124,56 @@ def test_a_run_that_ends_with_the_graph_reports_its_links(finished, tmp_path, ca
     before = (folder / "report.json").read_bytes()
     pipeline.run(experiment, folder, quiet=True, until="graph")
     assert (folder / "report.json").read_bytes() == before  # a finished run keeps its report
+
+
+def test_the_report_says_what_lists_are_like_and_a_tradeoff_is_measured(finished, capsys):
+    _, folder, report = finished
+    kept = {name: (folder / name).read_bytes() for name in ("report.json", "report.md")}
+    for k in (10, 20):
+        for name in ("coverage", "gini", "novelty", "diversity", "personalisation", "miscalibration"):
+            assert all(np.isfinite(entry[f"{name}@{k}"]) for entry in report.models.values()), name
+    assert report.models["popularity"]["personalisation@10"] < report.models["fusion"]["personalisation@10"]
+    assert report.models["popularity"]["gini@10"] > report.models["fusion"]["gini@10"]
+    assert "lists: diversity by graph and text; kinds of items by relation genre" in report.notes
+    assert "## Beyond accuracy" in kept["report.md"].decode()
+    assert cli.main(["evaluate", str(folder), "--tradeoff"]) == 0
+    assert "calibrated" in capsys.readouterr().out
+    assert (folder / "plots" / "tradeoff.png").is_file()
+    assert "plots/tradeoff.png" in (folder / "report.md").read_text()
+    header, *rows = (folder / "tradeoff.tsv").read_text().splitlines()
+    rows = [dict(zip(header.split("\t"), row.split("\t"))) for row in rows]
+    assert len(rows) == 14 and float(rows[0]["ndcg@10"]) == pytest.approx(
+        report.models["fusion"]["ndcg@10"], abs=2e-3)  # equal scores by row here, by the mean over orders there
+    for way, metric, sign in (("mmr", "diversity@10", 1), ("calibrated", "miscalibration@10", -1)):
+        own = [float(row[metric]) for row in rows if row["way"] == way]
+        assert sign * (own[3] - own[0]) > 0, way
+    assert json.loads((folder / "report.json").read_text())["models"] == json.loads(kept["report.json"])["models"]
+
+
+def test_lists_are_ordered_anew_with_scores_and_reasons(finished, tmp_path, capsys):
+    _, folder, _ = finished
+    user = Recommender.load(folder).user_ids[0]
+    assert cli.main(["recommend", str(folder), "--user", user, "-k", "20", "--json"]) == 0
+    plain = {row["item_id"]: row for row in json.loads(capsys.readouterr().out)}
+    for flag in ("--diversity", "--calibrate"):
+        assert cli.main(["recommend", str(folder), "--user", user, "-k", "5", flag, "0.6", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found) == 5 and all(row["reason"] for row in found)
+        assert [row["item_id"] for row in found] != list(plain)[:5]
+        for row in found:
+            if row["item_id"] in plain:
+                assert row["score"] == pytest.approx(plain[row["item_id"]]["score"], abs=1e-5)
+        out = tmp_path / f"{flag[2:]}.tsv"
+        assert cli.main(["recommend", str(folder), "--all-users", "-k", "5", flag, "0.6", "--out", str(out)]) == 0
+        own = [line.split("\t")[1] for line in out.read_text().splitlines() if line.startswith(f"{user}\t")]
+        assert own == [row["item_id"] for row in found]
+    query = Recommender.load(folder).item_names[3]
+    assert cli.main(["recommend", str(folder), "--query", query, "--diversity", "0.5", "-k", "3"]) == 0
+    capsys.readouterr()
+    for argv, words in (
+        (["--query", "x", "--calibrate", "0.5"], "--calibrate: found with --query"),
+        (["--user", user, "--calibrate", "0.5", "--diversity", "0.1"], "--diversity: found with --calibrate"),
+        (["--user", user, "--diversity", "2"], "--diversity: found '2', expected a share from 0 to 1"),
+    ):
+        assert cli.main(["recommend", str(folder), *argv]) == 2
+        assert words in capsys.readouterr().err

@@ -33,6 +33,8 @@ class DataConfig:
     languages: tuple[str, ...] = ("en",)  # of names and texts in an RDF graph, in order of preference
     text_columns: tuple[str, ...] = ()  # columns of items.tsv that make an item's text, in order; none: all but the ids
     min_rating: float = 0.0  # leave out interactions that are rated lower; 0: every row counts, whatever its rating
+    # NAME=WEIGHT of each kind of row in the column behaviour, as in view=0.2 purchase=1: it becomes the row's rating
+    behaviours: tuple[str, ...] = ()
     split: SplitConfig = SplitConfig()  # how the interactions are cut into train, valid and test
 
 
@@ -62,7 +64,7 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
                          f"test.tsv, items.tsv, triples.tsv or graph.ttl; {(strange or ['see kgrec data import'])[0]}")
     items = _read_items(folder, cfg.text_columns)
     users, user_notes = _read_users(folder)
-    log = read_log(folder, users, items.ids, cfg.min_rating)
+    log = read_log(folder, users, items.ids, cfg.min_rating, cfg.behaviours)
     if items.ids is None:  # an item's name is its id then, which says nothing to an encoder: no text, no entity name
         item_ids = item_names = list(log.item_ids)
         entities, texts, entity_names = item_ids, [""] * len(item_ids), [""] * len(item_ids)
@@ -90,6 +92,11 @@ def _read_items(folder: pathlib.Path, text_columns: tuple[str, ...]) -> _Items:
             raise KgrecError(f"data.text_columns: found {', '.join(text_columns)} for {folder}, which has no "
                              "items.tsv, expected none")
         return _Items(None, [], [], [])
+    return read_items(path, text_columns)
+
+
+def read_items(path: pathlib.Path, text_columns: tuple[str, ...] = ()) -> _Items:
+    """The ids, entities, names and texts of an item table."""
     table = read_table(path, {"item_id": "id"}, {"entity_id": "text"}, rest_as_text=True)
     check_unique(table, "item_id")
     ids = table["item_id"].strings()

@@ -26,6 +26,7 @@ class MergeReport:
     triples_before: int
     triples_after: int
     given_split: bool  # a graph with a given link-prediction split stays as it is
+    turned: tuple[tuple[str, str], ...] = ()  # ids of (a relation that was merged away, the one that has its triples)
 
     def lines(self) -> list[str]:
         """The report in words, one line a finding."""
@@ -78,7 +79,8 @@ def merge_inverse_relations(graph: Graph, min_overlap: float = 0.8) -> tuple[Gra
     names = graph.relation_names
     report = MergeReport(tuple((names[a], names[b], s) for a, b, s in merged),
                          tuple((names[k], float(overlap[k, k] / size[k])) for k in symmetric),
-                         tuple((names[a], names[b], s) for a, b, s in contained), before, len(triples), False)
+                         tuple((names[a], names[b], s) for a, b, s in contained), before, len(triples), False,
+                         tuple((graph.relation_ids[b], graph.relation_ids[a]) for a, b, _ in merged))
     return _with_triples(graph, triples), report
 
 
@@ -185,19 +187,31 @@ def graph_features(graph: Graph, num_items: int, min_items: int = 2, unit: bool 
     A neighbour of fewer than `min_items` items brings no two of them together and has no column; nor has one that all
     items share. Other items (a sequel) are neighbours like any other.
     """
-    links = neighbours(graph, num_items)
-    item = np.repeat(np.arange(num_items), np.diff(links.indptr))
-    there = sp.csr_matrix((np.ones(len(item), np.float32), (item, links.entity)), shape=(num_items, graph.num_entities))
-    there.data[:] = 1.0  # an entity that is both writer and director counts once
-    count = np.bincount(there.indices, minlength=graph.num_entities)
-    columns = np.flatnonzero((count >= min_items) & (count < num_items))
-    idf = np.log(num_items / count[columns]).astype(np.float32)
+    there = link_indicators(graph, num_items)
+    columns, idf = link_terms(there, min_items)
     weighted = sp.csr_matrix(there[:, columns] @ sp.diags_array(idf), dtype=np.float32)
     if not unit:
         return weighted
     length = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).reshape(-1))
     scale = np.divide(1.0, length, out=np.zeros_like(length), where=length > 0)
     return sp.csr_matrix(sp.diags_array(scale.astype(np.float32)) @ weighted, dtype=np.float32)
+
+
+def link_indicators(graph: Graph, num_items: int) -> sp.csr_matrix:
+    """[I, N] float32: 1 where an item is linked to an entity, by however many relations."""
+    links = neighbours(graph, num_items)
+    item = np.repeat(np.arange(num_items), np.diff(links.indptr))
+    there = sp.csr_matrix((np.ones(len(item), np.float32), (item, links.entity)), shape=(num_items, graph.num_entities))
+    there.data[:] = 1.0  # an entity that is both writer and director counts once
+    return there
+
+
+def link_terms(there: sp.csr_matrix, min_items: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """(entities [F] that bring items together, their idf [F] float32) of what `link_indicators` gives."""
+    num_items, num_entities = there.shape
+    count = np.bincount(there.indices, minlength=num_entities)
+    columns = np.flatnonzero((count >= min_items) & (count < num_items))
+    return columns, np.log(num_items / count[columns]).astype(np.float32)
 
 
 def link_agreement(graph: Graph, relations: Sequence[int], rounds: int = 50) -> float:

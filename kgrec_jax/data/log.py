@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 
 import numpy as np
@@ -44,18 +45,20 @@ def log_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return {"train": single} if single else fixed
 
 
-def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | None, min_rating: float) -> Log:
+def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | None, min_rating: float,
+             behaviours: tuple[str, ...] = ()) -> Log:
     """Read, check and deduplicate the log.
 
     `user_ids` are the rows that users.tsv gives; others are added behind them. `item_ids` are the rows of items.tsv,
     and any other item is an error; None: the items are those of the log. A pair that stands twice in one file counts
     once: the latest timestamp, without timestamps the last row. The same pair in two parts of a fixed split is an
-    error.
+    error. `behaviours` (NAME=WEIGHT each) say what a row of a kind is worth: a pair's row of the most weight counts,
+    and its rating is that weight, times the rating where there is one.
     """
-    files = log_files(folder)
+    files, worth = log_files(folder), behaviour_weights(behaviours)
     users = {u: row for row, u in enumerate(user_ids)}
     items = {i: row for row, i in enumerate(item_ids or [])}
-    optional = {"rating": "float", "timestamp": "int"}
+    optional = {"rating": "float", "timestamp": "int", **({"behaviour": "id"} if worth else {})}
     tables = {part: read_table(path, {"user_id": "id", "item_id": "id"}, optional) for part, path in files.items()}
     has_timestamps = bool(tables) and all("timestamp" in t for t in tables.values())
     has_ratings = bool(tables) and all("rating" in t for t in tables.values())
@@ -66,10 +69,12 @@ def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | No
     for part, table in tables.items():
         log = _rows(table, users, items, closed=item_ids is not None, has_timestamps=has_timestamps,
                     has_ratings=has_ratings)
-        keep = _latest(log, max(len(items), 1), has_timestamps)
+        weight = _worth(table, worth, folder) if worth else None
+        keep = _latest(log, max(len(items), 1), has_timestamps, weight)
         if not keep.all():
-            notes.append(f"{table.path.name}: {int((~keep).sum()):,} rows repeat a pair of user and item; "
-                         f"{'the latest' if has_timestamps else 'the last row'} of each counts")
+            which = "the behaviour of most weight" if worth else "the latest" if has_timestamps else "the last row"
+            notes.append(f"{table.path.name}: {int((~keep).sum()):,} rows repeat a pair of user and item; {which} of "
+                         "each counts")
         if min_rating:
             low = keep & (log.rating < min_rating)
             keep &= ~low
@@ -77,6 +82,8 @@ def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | No
                          "and left out")
         if table.ignored:
             notes.append(f"{table.path.name}: columns not used: {', '.join(table.ignored)}")
+        if weight is not None:
+            log = dataclasses.replace(log, rating=log.rating * weight)
         rows.append(log.take(keep))
         parts.append(np.full(len(rows[-1]), PARTS.index(part), np.int8))
     interactions = Interactions.concatenate(rows) if rows else Interactions.empty()
@@ -91,7 +98,37 @@ def read_log(folder: pathlib.Path, user_ids: list[str], item_ids: list[str] | No
         notes.append(f"users: {added:,} users of the log are not in the user table (first: "
                      f"{list(users)[len(user_ids)]}); added")
     return Log(interactions, part, tuple(users), tuple(items), "test" in tables, "valid" in tables, has_timestamps,
-               has_ratings, tuple(notes))
+               has_ratings or bool(worth), tuple(notes))
+
+
+def behaviour_weights(words: tuple[str, ...]) -> dict[str, float]:
+    """Behaviour -> weight of data.behaviours, NAME=WEIGHT each; KgrecError for anything else."""
+    out: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not name or name in out or not 0 < weight < math.inf:
+            raise KgrecError(f"data.behaviours: found {word!r}, expected NAME=WEIGHT with a weight above 0, each name "
+                             "once, as in view=0.2 purchase=1")
+        out[name] = weight
+    return out
+
+
+def _worth(table: Table, worth: dict[str, float], folder: pathlib.Path) -> np.ndarray:
+    """[n] float32 weights of the rows' behaviours."""
+    if "behaviour" not in table:
+        raise KgrecError(f"data.behaviours: found {', '.join(worth)} for {folder}, whose {table.path.name} has no "
+                         "column behaviour, expected none; leave --data.behaviours away")
+    column = table["behaviour"]
+    unknown = [n for n, value in enumerate(column.values) if value not in worth]
+    if unknown:
+        row = int(np.argmax(column.codes == unknown[0]))
+        raise KgrecError(f"{table.where(row)}: found the behaviour {column.values[unknown[0]]!r}, expected one of "
+                         f"{', '.join(worth)}; add {column.values[unknown[0]]}=WEIGHT to --data.behaviours")
+    return np.array([worth[value] for value in column.values], np.float32)[column.codes]
 
 
 def _rows(table: Table, users: dict[str, int], items: dict[str, int], *, closed: bool, has_timestamps: bool,
@@ -115,14 +152,15 @@ def _globalise(column: Coded, rows: dict[str, int]) -> np.ndarray:
     return np.array([rows.setdefault(v, len(rows)) for v in column.values], np.int32)[column.codes]
 
 
-def _latest(log: Interactions, num_items: int, has_timestamps: bool) -> np.ndarray:
-    """Mask of the row that counts for each (user, item): the latest, the last row among equals."""
+def _latest(log: Interactions, num_items: int, has_timestamps: bool, weight: np.ndarray | None = None) -> np.ndarray:
+    """Mask of the row that counts for each (user, item): of the most weight, then the latest, the last among equals."""
     key = log.user.astype(np.int64) * num_items + log.item
     ordered = np.sort(key)
     keep = np.ones(len(key), bool)
     if not (ordered[1:] == ordered[:-1]).any():  # the usual case, and half the time of a stable sort
         return keep
-    order = np.lexsort((log.timestamp, key)) if has_timestamps else np.argsort(key, kind="stable")
+    by = ([log.timestamp] if has_timestamps else []) + ([] if weight is None else [weight])
+    order = np.lexsort((*by, key))
     keep[order[:-1]] = key[order[1:]] != key[order[:-1]]
     return keep
 

@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -100,13 +100,16 @@ def read_table(path: pathlib.Path, required: Mapping[str, Kind], optional: Mappi
 
 def write_tsv(path: pathlib.Path, columns: Mapping[str, Coded | Sequence[str] | np.ndarray]) -> None:
     """Write columns as `.tsv`; tabs and line ends inside a value become one space. Appears complete or not at all."""
-    arrays = [_to_arrow(column) for column in columns.values()]
-    rows = pc.binary_join_element_wise(*arrays, "\t") if arrays else pa.array([], pa.string())
+    lengths = {len(column) for column in columns.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"{path}: columns of the lengths {sorted(lengths)}, expected one")
+    parts = [_parts(column) for column in columns.values()]
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write("\t".join(columns) + "\n")
-        for start in range(0, len(rows), 1 << 18):
-            file.write("\n".join(rows.slice(start, 1 << 18).to_pylist()) + "\n")
+        for start in range(0, max(lengths, default=0), 1 << 18):  # no column of text of millions of rows at once
+            rows = pc.binary_join_element_wise(*(part(slice(start, start + (1 << 18))) for part in parts), "\t")
+            file.write("\n".join(rows.to_pylist()) + "\n")
     os.replace(temporary, path)
 
 
@@ -115,10 +118,15 @@ def cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _to_arrow(column: Coded | Sequence[str] | np.ndarray) -> pa.Array:
+def _parts(column: Coded | Sequence[str] | np.ndarray) -> Callable[[slice], pa.Array]:
+    """Rows -> text of them."""
     if isinstance(column, Coded):
         values = _to_arrow(column.values)
-        return values.take(pa.array(column.codes))
+        return lambda rows: values.take(pa.array(column.codes[rows]))
+    return lambda rows: _to_arrow(column[rows])
+
+
+def _to_arrow(column: Sequence[str] | np.ndarray) -> pa.Array:
     if isinstance(column, np.ndarray) and column.dtype.kind in "iuf":
         return pa.array(column).cast(pa.string())
     array = pa.array(column, pa.string())

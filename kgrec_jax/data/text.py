@@ -258,7 +258,11 @@ def _fit_terms(counts: list[collections.Counter], min_df: int, max_terms: int) -
     return vocabulary, (np.log((1 + len(counts)) / (1 + df)) + 1).astype(np.float32)
 
 
-def tfidf_words(texts: Sequence[str], min_df: int = 2, max_terms: int = 50_000, unit: bool = True) -> sp.csr_matrix:
+MIN_TEXTS, MAX_WORDS = 2, 50_000  # of the words that compare texts with each other: in how many, and how many
+
+
+def tfidf_words(texts: Sequence[str], min_df: int = MIN_TEXTS, max_terms: int = MAX_WORDS,
+                unit: bool = True) -> sp.csr_matrix:
     """Word TF-IDF [n, F] float32, (1 + log count) · idf; a row is zero where a text has no known word.
 
     With `unit` every other row has unit length; without, a text of more and rarer words has a longer row.
@@ -274,9 +278,9 @@ class TfidfWords:
     vocabulary: dict[str, int]  # word -> column
     idf: np.ndarray  # [F] float32
 
-    def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
-        """[n, F] float32 rows of unit length; zero where a text has no known word."""
-        return _tfidf_rows([collections.Counter(words(text)) for text in texts], self.vocabulary, self.idf)
+    def encode(self, texts: Sequence[str], unit: bool = True) -> sp.csr_matrix:
+        """[n, F] float32 rows, of unit length unless `unit` is False; zero where a text has no known word."""
+        return _tfidf_rows([collections.Counter(words(text)) for text in texts], self.vocabulary, self.idf, unit)
 
 
 def fit_tfidf_words(texts: Sequence[str], min_df: int = 1, max_terms: int = 200_000) -> TfidfWords:

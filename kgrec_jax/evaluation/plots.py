@@ -24,14 +24,15 @@ _MAX_CURVES = 6  # evaluation figures in one picture
 def draw_plots(models: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """Draws plots/{models,buckets,curves}.png of a run folder; returns those that had something to show.
 
-    `models` are the entries of the report; the curves come from every metrics.jsonl below the folder.
+    `models` are the entries of the report; the curves come from every metrics.jsonl below the folder but controls'.
     """
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     drawn = [
         plot_models(models, plots / "models.png"),
         plot_buckets(models, plots / "buckets.png"),
-        plot_curves(sorted(folder.rglob("metrics.jsonl")), folder, plots / "curves.png"),
+        plot_curves([f for f in sorted(folder.rglob("metrics.jsonl")) if "controls" not in f.relative_to(folder).parts],
+                    folder, plots / "curves.png"),
     ]
     return [path for path in drawn if path is not None]
 
@@ -89,6 +90,25 @@ def plot_curves(files: Sequence[Path], root: Path, path: Path) -> Path | None:
             right.legend(frameon=False, fontsize="small")
         else:
             right.set_axis_off()
+    return save_png(figure, path)
+
+
+def plot_controls(controls: Mapping[str, Any] | str, path: Path) -> Path | None:
+    """How far the run is ahead of each control, warm and cold items apart; None, and no picture, without controls."""
+    ahead = {} if isinstance(controls, str) else {n: e for n, e in controls.items() if "paired" in e}
+    if not ahead:
+        path.unlink(missing_ok=True)  # of a run that was trained anew since
+        return None
+    sides = ["all", *(s for s in ("warm", "cold") if any("cold" in e for e in ahead.values()))]
+    figure = Figure(figsize=(5.5 * len(HEADLINE), 1.2 + 0.3 * len(ahead) * len(sides)), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, len(HEADLINE), squeeze=False)[0], HEADLINE):
+        for n, side in enumerate(sides):
+            pairs = [(e if side == "all" else e.get(side, {})).get("paired", {}).get(metric) for e in ahead.values()]
+            entries = [{} if p is None else {metric: p["difference"], "ci95": {metric: p["ci95"]}} for p in pairs]
+            _bars(axis, entries, metric, 0.8 * ((n + 0.5) / len(sides) - 0.5), 0.8 / len(sides), side, _COLOURS[side])
+        axis.axvline(0.0, color="#2e3440", linewidth=0.8)
+        _name_rows(axis, list(ahead), f"run ahead by, {metric_title(metric)} (95 % interval over users)")
+    _legend(figure, figure.axes[0])
     return save_png(figure, path)
 
 

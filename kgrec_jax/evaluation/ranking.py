@@ -38,10 +38,13 @@ class RankingResult:
     buckets: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)
     warm: RankingResult | None = None  # among the items with an interaction in the fit part, those to be found there
     cold: RankingResult | None = None  # the same among the items without one
+    lists: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int32))  # [n, K], -1 past the end
+    beyond: dict[str, float] = dataclasses.field(default_factory=dict)  # "gini@10" -> …, see `beyond_accuracy`
 
     def means(self) -> dict[str, float]:
-        """{metric: mean over the users}, coverage too."""
-        return {name: float(values.mean()) for name, values in self.per_user.items()} | self.coverage
+        """{metric: mean over the users}, coverage and what else is known of the lists too."""
+        each = {name: float(values.mean()) for name, values in self.per_user.items()}
+        return each | self.coverage | self.beyond
 
 
 class _Heads(NamedTuple):
@@ -93,6 +96,7 @@ class _View:
     users: list[np.ndarray] = dataclasses.field(default_factory=list)
     metrics: list[list[dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)  # a block, a group
     listed: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # k -> [I] bool
+    lists: list[np.ndarray] = dataclasses.field(default_factory=list)  # [b, K] int32 of each block, ties by item row
 
     @staticmethod
     def over(
@@ -118,6 +122,7 @@ class _View:
             by_group.append(per_user_metrics(ranks, self.ks))
         self.metrics.append(by_group)
         exists = np.arange(h.items.shape[1]) < h.count[:, None]
+        self.lists.append(np.where(exists, h.items, -1))
         for k in self.ks:
             self.listed[k][h.items[:, :k][exists[:, :k]]] = True
 
@@ -128,7 +133,7 @@ class _View:
             return None
         size = int(self.candidates.sum())
         coverage = {f"coverage@{k}": float(listed.sum() / size) for k, listed in self.listed.items()}
-        return RankingResult(users.astype(np.int32), self.group(0), coverage, size)
+        return RankingResult(users.astype(np.int32), self.group(0), coverage, size, lists=np.concatenate(self.lists))
 
     def group(self, v: int) -> dict[str, np.ndarray]:
         """{metric: [n]} of one group of items over all users of the view."""

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 NDCG, RECALL = "ndcg@10", "recall@20"
 HEADLINE = (NDCG, RECALL)
 LINK_METRICS = ("mrr", "hits@1", "hits@3", "hits@10")
+# What the lists are like beside being right (`beyond_accuracy`), in the order of the table.
+BEYOND = ("coverage", "gini", "novelty", "diversity", "personalisation", "miscalibration")
+_BEYOND_WORDS = (
+    "Coverage: share of the candidates in anybody's list. Gini: how unevenly they are shown (0: all alike). Novelty: "
+    "−log2 of the share of users who have an item, in bits. Diversity: 1 − cosine between the items of a list. "
+    "Personalisation: 1 − what two users' lists have in common. Miscalibration: divergence of a list's kinds of items "
+    "from the history's, in nats (0: the same shares).")
 _TITLES = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR", "map": "MAP", "hit": "Hit", "hits": "Hits",
            "precision": "Precision"}
 
@@ -42,7 +49,7 @@ def _difference(report: Report, model: str, metric: str) -> str:
     return f"{pair['difference']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _rows(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+def table_lines(header: list[str], rows: list[list[str]]) -> Iterator[str]:
     """A Markdown table and an empty line."""
     yield "| " + " | ".join(header) + " |"
     yield "|" + "---|" * len(header)
@@ -55,16 +62,17 @@ def _cell(text: Any) -> str:
     return " ".join(str(text).replace("|", "\\|").split())
 
 
-def markdown(report: Report, plots: Sequence[str]) -> str:
-    """The whole report as Markdown; `plots` are paths of pictures relative to it."""
-    return "\n".join(_lines(report, plots)) + "\n"
+def markdown(report: Report, plots: Sequence[str], more: Sequence[str] = ()) -> str:
+    """The whole report as Markdown; `plots` are paths of pictures relative to it, `more` lines of a further section."""
+    return "\n".join(_lines(report, plots, more)) + "\n"
 
 
-def _lines(report: Report, plots: Sequence[str]) -> Iterator[str]:
+def _lines(report: Report, plots: Sequence[str], more: Sequence[str]) -> Iterator[str]:
     yield f"# {_cell(report.name)}"
     yield ""
     if report.models:
         yield from _recommendation(report)
+        yield from more
     if report.link_prediction:
         yield from _link_prediction(report)
     yield from _example(report.example)
@@ -74,7 +82,7 @@ def _lines(report: Report, plots: Sequence[str]) -> Iterator[str]:
     if report.timing:
         yield "## Time"
         yield ""
-        yield from _rows(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in report.timing.items()])
+        yield from table_lines(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in report.timing.items()])
     for heading, lines in (
         ("Left out", [f"{name}: {_cell(reason)}" for name, reason in report.skipped.items()]),
         ("Notes", [_cell(note) for note in report.notes]),
@@ -95,7 +103,7 @@ def _recommendation(report: Report) -> Iterator[str]:
     )
     yield ""
     metrics = [m for m in HEADLINE if any(m in e for e in report.models.values())]
-    yield from _rows(
+    yield from table_lines(
         ["model", *map(metric_title, metrics), *(f"{report.reference} ahead by ({metric_title(m)})" for m in metrics)],
         [[name, *(_interval(e, m) for m in metrics), *(_difference(report, name, m) for m in metrics)]
          for name, e in report.models.items()],
@@ -122,7 +130,7 @@ def _link_prediction(report: Report) -> Iterator[str]:
         yield ""
         return
     names = [name for name in LINK_METRICS if all(name in entry for _, entry in rows)]
-    yield from _rows(["score", *map(metric_title, names), "queries"],
+    yield from table_lines(["score", *map(metric_title, names), "queries"],
                      [[name, *(f"{entry[m]:.4f}" for m in names), f"{entry.get('queries', 0):,.0f}"]
                       for name, entry in rows])
 
@@ -139,7 +147,7 @@ def _sides(report: Report, metrics: list[str]) -> Iterator[str]:
             size, users = some[side]["candidates"], some[side]["users"]
             yield f"- {side}: the {size:,} items {words} fitted interactions, among themselves, for {users:,} users"
     yield ""
-    yield from _rows(
+    yield from table_lines(
         ["model", *(f"{side} {metric_title(m)}" for side in ("warm", "cold") for m in metrics)],
         [[name, *(_interval(e.get(side, {}), m) for side in ("warm", "cold") for m in metrics)]
          for name, e in report.models.items()],
@@ -147,11 +155,18 @@ def _sides(report: Report, metrics: list[str]) -> Iterator[str]:
 
 
 def _all_metrics(report: Report) -> Iterator[str]:
-    metrics = list(dict.fromkeys(m for e in report.models.values() for m in e if "@" in m))
-    yield "## All metrics"
-    yield ""
-    rows = [[name, *(_number(e, m) for m in metrics)] for name, e in report.models.items()]
-    yield from _rows(["model", *map(metric_title, metrics)], rows)
+    found = list(dict.fromkeys(m for e in report.models.values() for m in e if "@" in m))
+    beyond = [m for name in BEYOND for m in found if m.partition("@")[0] == name]
+    for heading, metrics in (("All metrics", [m for m in found if m not in beyond]), ("Beyond accuracy", beyond)):
+        if not metrics:
+            continue
+        yield f"## {heading}"
+        yield ""
+        if metrics is beyond:
+            yield _BEYOND_WORDS
+            yield ""
+        rows = [[name, *(_number(e, m) for m in metrics)] for name, e in report.models.items()]
+        yield from table_lines(["model", *map(metric_title, metrics)], rows)
 
 
 def _buckets(report: Report) -> Iterator[str]:
@@ -165,7 +180,7 @@ def _buckets(report: Report) -> Iterator[str]:
             yield f"## {heading} ({metric_title(metric)})"
             yield ""
             rows = [[name, *(_number(b.get(level), metric) for level in levels)] for name, b in buckets.items()]
-            yield from _rows(["model", *levels], rows)
+            yield from table_lines(["model", *levels], rows)
 
 
 def _example(example: Mapping[str, Any]) -> Iterator[str]:
@@ -177,7 +192,7 @@ def _example(example: Mapping[str, Any]) -> Iterator[str]:
         yield "Latest of the history: " + ", ".join(_cell(t) for t in example["history"]) + "."
         yield ""
     rows = [[str(n), r["title"], f"{r['score']:.3f}", r["reason"]] for n, r in enumerate(example["recommendations"], 1)]
-    yield from _rows(["", "title", "score", "why"], rows)
+    yield from table_lines(["", "title", "score", "why"], rows)
 
 
 def _links_in_words(report: Report) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.evaluation.control_words import control_lines
 from kgrec_jax.evaluation.ranking import RankingResult
 from kgrec_jax.evaluation.render import HEADLINE, markdown
 from kgrec_jax.evaluation.significance import bootstrap_cis, paired_difference
@@ -36,6 +37,7 @@ class Report:
     skipped: dict[str, str]  # model or stage -> reason
     example: dict[str, Any]  # {"user", "history": [title], "recommendations": [{"title", "score", "reason", …}]}
     notes: tuple[str, ...] = ()
+    controls: dict[str, Any] | str = "not run"  # what each source is worth, see `controls.summarise`
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -95,7 +97,7 @@ def write_report(report: Report, folder: Path) -> None:
     """report.json and report.md, which shows every picture in the folder's plots/."""
     write_json(folder / "report.json", report.to_json())
     plots = [f"plots/{p.name}" for p in sorted((folder / "plots").glob("*.png"))]
-    write_text(folder / "report.md", markdown(report, plots))
+    write_text(folder / "report.md", markdown(report, plots, control_lines(report.controls, str(folder))))
 
 
 def read_report(folder: Path) -> Report:

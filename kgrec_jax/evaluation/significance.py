@@ -45,3 +45,16 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     if len(difference) < 2:
         return float(difference.mean()), float("nan")
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def paired_over_seeds(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """(mean of a - b, its standard error, deviation between seeds) of trainings [S, users] of two models.
+
+    The error is that of users: each counts with its mean over the seeds, so that no user counts as several. What
+    another seed would change is the deviation of the seeds' means; NaN for a single one.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"paired_over_seeds: found {a.shape} and {b.shape}, expected the same seeds and users")
+    mean, error = paired_difference(a.mean(axis=0), b.mean(axis=0))
+    means = (a - b).mean(axis=1)
+    return mean, error, float(means.std(ddof=1)) if len(means) > 1 else float("nan")

@@ -9,15 +9,25 @@ import numpy as np
 import scipy.sparse as sp
 
 from kgrec_jax.linear.ease import ease, gram
+from kgrec_jax.linear.ials import Settings, ials
 from kgrec_jax.linear.neighbours import NEIGHBOURS, item_knn, user_knn
 from kgrec_jax.linear.parts import Part
+from kgrec_jax.linear.slim import slim
 from kgrec_jax.linear.spectral import spectral
 
 EASE_L2 = (30.0, 60.0, 120.0, 250.0, 500.0, 1000.0, 2000.0)
 DROPOUT = (0.33, 0.5)
 RANKS = (16, 32, 64, 128)
 SLOW_FROM = 6_000  # items; above, each inverse takes tens of seconds and only a part of the grid is tried
+IALS_L2 = (0.001, 0.003, 0.01, 0.03, 0.1)
+IALS_UNOBSERVED = (0.03, 0.1, 0.3, 1.0)
+IALS_DIMS = (32, 64, 128)
+IALS_COMPARED = 2_000_000  # interactions on which iALS's settings are compared, all of those of some users
+SLIM_L1 = (0.1, 0.3, 1.0, 3.0)
+SLIM_L2 = (30.0, 100.0, 300.0, 1000.0)
+SLIM_SLOW_FROM = 3_000  # items; above, a fit takes minutes and the l2 alone is chosen
 _MAX_USERS = 4_000  # users on which settings are compared
+_SCORES = 1 << 26  # of one block of users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +41,16 @@ class LinearChoice:
     plain_ease_l2: float
     rank: int
     scores: dict[str, float]
+    ials_dim: int = 64
+    ials_l2: float = IALS_L2[2]
+    ials_unobserved: float = IALS_UNOBSERVED[1]
+    slim_l1: float = SLIM_L1[1]
+    slim_l2: float = SLIM_L2[2]
+
+    @property
+    def ials(self) -> Settings:
+        """What iALS is fitted with."""
+        return Settings(self.ials_dim, self.ials_l2, self.ials_unobserved)
 
 
 def ndcg10(scores: np.ndarray, seen: sp.csr_matrix, relevant: sp.csr_matrix) -> np.ndarray:
@@ -54,7 +74,7 @@ def judge(part: Part, train: sp.csr_matrix, relevant: sp.csr_matrix, block: int 
     users = np.flatnonzero(relevant.getnnz(axis=1) > 0)
     if len(users) > _MAX_USERS:
         users = np.sort(np.random.default_rng(0).choice(users, _MAX_USERS, replace=False))
-    each = []
+    block, each = max(1, min(block, _SCORES // train.shape[1])), []
     for start in range(0, len(users), block):
         rows = users[start:start + block]
         scores = np.array(part.scores(train[rows]))
@@ -87,7 +107,51 @@ def _climb(grid: tuple[float, ...], value: Callable[[float], float], start: int)
         here = best
 
 
+def choose_ials(train: sp.csr_matrix, heldout: sp.csr_matrix, seed: int = 0) -> tuple[Settings, float]:
+    """(settings of iALS, their NDCG@10): λ, then α, then λ once more, and then the width.
+
+    λ and α stand beside numbers of entries, so what is best for some of the users is so for all; the width may be a
+    little small where the log is larger than `IALS_COMPARED`.
+    """
+    lengths = np.diff(train.indptr)
+    if train.nnz > IALS_COMPARED:
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        users = np.sort(order[np.cumsum(lengths[order]) <= IALS_COMPARED])
+        train, heldout = train[users], heldout[users]
+    best = Settings(IALS_DIMS[1], IALS_L2[2], IALS_UNOBSERVED[1])
+    seen: dict[Settings, float] = {}
+
+    def value(settings: Settings) -> float:
+        if settings not in seen:
+            seen[settings] = judge(ials(train, settings, seed=seed), train, heldout)
+        return seen[settings]
+
+    for name, grid in (("l2", IALS_L2), ("unobserved", IALS_UNOBSERVED), ("l2", IALS_L2), ("dim", IALS_DIMS)):
+        start = grid.index(getattr(best, name))
+        found, _ = _climb(grid, lambda x, n=name: value(dataclasses.replace(best, **{n: x})), start)
+        best = dataclasses.replace(best, **{name: found})
+    return best, value(best)
+
+
+def choose_slim(train: sp.csr_matrix, heldout: sp.csr_matrix) -> tuple[float, float, float]:
+    """(l1, l2, their NDCG@10) of SLIM."""
+    l1, l2 = SLIM_L1[1], SLIM_L2[2]
+    found: dict[tuple[float, float], float] = {}
+
+    def value(l1: float, l2: float) -> float:
+        if (l1, l2) not in found:
+            found[l1, l2] = judge(slim(train, l1, l2, tolerance=1e-3), train, heldout)
+        return found[l1, l2]
+
+    l2, score = _climb(SLIM_L2, lambda x: value(l1, x), SLIM_L2.index(l2))
+    if train.shape[1] <= SLIM_SLOW_FROM:
+        l1, _ = _climb(SLIM_L1, lambda x: value(x, l2), SLIM_L1.index(l1))
+        l2, score = _climb(SLIM_L2, lambda x: value(l1, x), SLIM_L2.index(l2))
+    return l1, l2, score
+
+
 def choose_linear(train: sp.csr_matrix, heldout: sp.csr_matrix, *, with_ease: bool,
+                  with_ials: bool = False, with_slim: bool = False, seed: int = 0,
                   say: Callable[[str], None]) -> LinearChoice:
     """Settings of each closed form fitted on `train` and judged on `heldout`, both binary [Nu, I].
 
@@ -114,5 +178,11 @@ def choose_linear(train: sp.csr_matrix, heldout: sp.csr_matrix, *, with_ease: bo
             if value > best:
                 l2, dropout, best = found, share, value
         scores["collaborative"] = best
+    further: dict[str, float] = {}
+    if with_ials:
+        chosen, scores["ials"] = choose_ials(train, heldout, seed)
+        further |= {"ials_dim": chosen.dim, "ials_l2": chosen.l2, "ials_unobserved": chosen.unobserved}
+    if with_slim:
+        further["slim_l1"], further["slim_l2"], scores["slim"] = choose_slim(train, heldout)
     say("closed forms: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()) + " (NDCG@10, held out)")
-    return LinearChoice(int(item_k), int(user_k), l2, dropout, plain, int(rank), scores)
+    return LinearChoice(int(item_k), int(user_k), l2, dropout, plain, int(rank), scores, **further)

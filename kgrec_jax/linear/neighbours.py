@@ -9,6 +9,22 @@ from kgrec_jax.linear.parts import ItemWeights, UserNeighbours
 
 NEIGHBOURS = (50, 100, 200)  # the values of k that are compared on validation
 SHRINK = 10.0
+ITEM_WORK = 2e10  # products of an item-item matrix from which item-kNN is left out: about half an hour with its choice
+USER_WORK = 1e6  # products and users that a list of user-kNN goes through from which it is left out: some 20 ms a list
+_DENSE = 1 << 26  # numbers in a block of similarities
+
+
+def skip_reasons(train: sp.csr_matrix) -> dict[str, str]:
+    """Row -> why it cannot be had of a matrix [Nu, I] in reasonable time; empty where both can."""
+    users, items = train.getnnz(axis=1).astype(np.float64), train.getnnz(axis=0).astype(np.float64)
+    out, work = {}, float(np.square(users).sum())
+    if work > ITEM_WORK:
+        out["item-knn"] = f"{work:.2g} pairs of items in the histories, more than the {ITEM_WORK:.0e} that it is tried on"
+    each = float(np.square(items).sum()) / max(len(users), 1) + len(users)
+    if each > USER_WORK:
+        out["user-knn"] = (f"each list would go through {len(users):,} users and {each - len(users):,.0f} of their "
+                           f"items, more than the {USER_WORK:,.0f} that it is tried with")
+    return out
 
 
 def item_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SHRINK, block: int = 2048) -> ItemWeights:

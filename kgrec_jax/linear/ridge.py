@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from kgrec_jax.linear.ease import FLOAT64_BELOW, invert_spd
-from kgrec_jax.linear.parts import ItemWeights
+from kgrec_jax.linear.parts import ItemWeights, RidgeWeights
 
 L2 = (1.0, 3.0, 10.0, 30.0)  # λ, in units of the mean diagonal of the kernel
 BLOCK_WEIGHTS = (0.1, 0.3, 1.0, 3.0)
@@ -77,6 +77,11 @@ def _diagonal(inverted: np.ndarray) -> np.ndarray:
     return np.diagonal(inverted).astype(np.float32)
 
 
+def _own(ease_weights: np.ndarray, inverted: np.ndarray) -> np.ndarray:
+    """[w] float32: diagonal of B C."""
+    return np.einsum("ij,ji->i", ease_weights, inverted).astype(np.float32)
+
+
 def _recall(scores: np.ndarray, relevant: sp.csr_matrix, k: int) -> float:
     """Mean Recall@k over the users with something relevant, ranking all columns."""
     k = min(k, scores.shape[1])
@@ -120,7 +125,7 @@ def choose(train: sp.csr_matrix, ease_part: ItemWeights, kernels: Mapping[str, n
         if key not in tried:
             # histories @ leave_one_out(weights, C), whose diagonal is 0, without the product of two w × w matrices.
             inverted = inverse(_combine(on_warm, blocks), l2)
-            own = np.einsum("ij,ji->i", weights, inverted).astype(np.float32) / _diagonal(inverted)
+            own = _own(weights, inverted) / _diagonal(inverted)
             scores = carried - (carried @ inverted.astype(np.float32)) / _diagonal(inverted)[None, :]
             scores += histories.multiply(own[None, :]).toarray()
             tried[key] = float(np.mean([_recall(scores[:, fold], histories[:, fold], k) for fold in folds]))
@@ -151,7 +156,7 @@ def combine(kernels: Mapping[str, np.ndarray], choice: Choice) -> np.ndarray:
     return _combine(kernels, choice.weights)
 
 
-def content(ease_part: ItemWeights, kernel: np.ndarray, l2: float) -> ItemWeights:
+def content(ease_part: ItemWeights, kernel: np.ndarray, l2: float) -> RidgeWeights:
     """The ridge as a part of the score: history → every item that has a feature in one of the chosen blocks.
 
     Args:
@@ -161,15 +166,45 @@ def content(ease_part: ItemWeights, kernel: np.ndarray, l2: float) -> ItemWeight
     known = np.diagonal(kernel) > 0
     cold = np.flatnonzero(~ease_part.known & known)
     weights = np.zeros(kernel.shape, np.float32)
+    diagonal, own = np.zeros((2, len(known)), np.float32)
     if not len(warm):
-        return ItemWeights(weights, known)
+        return RidgeWeights(weights, known, diagonal, own)
     inverted = inverse(kernel[np.ix_(warm, warm)], l2)
     to_warm = np.asarray(ease_part.weights[np.ix_(warm, warm)], np.float32)
     weights[np.ix_(warm, warm)] = leave_one_out(to_warm, inverted)
+    diagonal[warm], own[warm] = _diagonal(inverted), _own(to_warm, inverted)
     if len(cold):
         carried = inverted @ kernel[np.ix_(warm, cold)].astype(inverted.dtype)
         weights[np.ix_(warm, cold)] = to_warm @ carried.astype(np.float32)
-    return ItemWeights(weights, known)
+    return RidgeWeights(weights, known, diagonal, own)
+
+
+def later_columns(ease_part: ItemWeights, part: RidgeWeights, kernel: np.ndarray) -> np.ndarray:
+    """[I, n]: the columns of n items that came after the fit, as if they had been there and cold.
+
+    W_new = M k with M = B C and C = (K_ww + λ I)⁻¹. M is not kept: off its diagonal it is (B − W) diag(C), for that is
+    what the leave-one-out columns W were made of, and its own diagonal is `part.own`.
+
+    Args:
+      ease_part: the dense weights B that `part` was made of. kernel: [n, I] of the new items' features and the old
+        ones', in the units of the kernel of the fit; what it says of items that are not warm does not count.
+    """
+    scaled = (kernel * part.inverse_diagonal).T  # [I, n]
+    out = ease_part.weights @ scaled - part.weights @ scaled
+    return np.asarray(out + part.own[:, None] * kernel.T, np.float32)
+
+
+def later_values(values: np.ndarray, expected: np.ndarray, inverse_diagonal: np.ndarray,
+                 kernel: np.ndarray) -> np.ndarray:
+    """[n] float32: what `predicted` would have said of items that came after it.
+
+    `expected` [I] is what it said of `values` [I]; inverse_diagonal as in `RidgeWeights`; kernel [n, I]. The dual
+    coefficients are its leave-one-out residuals times the diagonal.
+    """
+    warm = inverse_diagonal > 0
+    mean = values[warm].mean() if warm.any() else np.float32(0.0)
+    alpha = (values - expected) * inverse_diagonal
+    return np.asarray(kernel @ alpha + mean, np.float32)
 
 
 def predicted(values: np.ndarray, known: np.ndarray, kernel: np.ndarray, l2: float) -> np.ndarray:

@@ -40,7 +40,7 @@ class Histories:
 
 def histories_of(log: Interactions, num_users: int, num_items: int, max_history: int) -> Histories:
     """The histories of all users in a log, by timestamp, then by row; the latest `max_history` in order."""
-    order = np.lexsort((np.arange(len(log)), log.timestamp, log.user))
+    order = np.lexsort((log.timestamp, log.user))  # stable: equal times by row
     user, item = log.user[order], log.item[order]
     count = np.bincount(user, minlength=num_users)
     from_end = np.repeat(np.cumsum(count), count) - 1 - np.arange(len(user))  # 0 for a user's latest

@@ -10,28 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kgrec_jax.data.history_batches import MASKED
+from kgrec_jax.models.history_towers import HistoryTower, SequenceTower
+from kgrec_jax.models.tower_config import BIDIRECTIONAL, POOLED, TowerConfig
+
 FREE = "id"  # the name of the part that is a free row of its own, known for warm items alone
-
-
-@dataclasses.dataclass(frozen=True)
-class TowerConfig:
-    """Shape of the towers."""
-
-    width: int = 64  # D of item and user vectors
-    history: Literal["mean", "attention", "transformer"] = "attention"  # how a history becomes a user's vector
-    layers: int = 1  # of the transformer
-    heads: int = 2  # of the transformer
-    max_history: int = 128  # the most recent items of a user that are read
-    part_dropout: float = 0.2  # share of the items whose part is dropped in a step, each part by itself
-    free_dropout: float = 0.3  # the same for the free rows
-    history_dropout: float = 0.3  # share of a history's items that are not shown in a step
-    temperature: float = 0.1  # of the softmax over cosines at the start
 
 
 @jax.tree_util.register_dataclass
@@ -51,51 +39,101 @@ class ItemFeatures:
     tail: jax.Array  # [E] int32
 
 
+@dataclasses.dataclass(frozen=True)
+class RowEdges:
+    """How many edges some item rows may have among them; static, so that a step's shapes are fixed."""
+
+    capacity: int  # at least the edges of any rows that are asked for together
+
+    def of(self, features: ItemFeatures, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(place in `rows`, sorted; relation; tail; whether it is an edge), each [capacity], of the rows' edges.
+
+        rows [R] int32 of the item table; -1: no row.
+        """
+        first = jnp.searchsorted(features.head, rows)  # [R]
+        count = jnp.where(rows >= 0, jnp.searchsorted(features.head, rows, side="right") - first, 0)
+        place = jnp.repeat(jnp.arange(rows.shape[0]), count, total_repeat_length=self.capacity)  # [C]
+        within = jnp.arange(self.capacity) - jnp.take(jnp.cumsum(count) - count, place)
+        real = jnp.arange(self.capacity) < count.sum()
+        edge = jnp.where(real, jnp.take(first, place) + within, 0)
+        return place, jnp.take(features.edge_relation, edge), jnp.take(features.tail, edge), real
+
+
 class GraphTower(nn.Module):
-    """Neighbour attention: A (V_i + Σ α_irj W [V_j ⊕ U_r]), [I, D] (after KGAT's attention; Wang et al. 2019)."""
+    """Neighbour attention: A (V_i + Σ α_irj W [V_j ⊕ U_r]), [I, D] (after KGAT's attention; Wang et al. 2019).
+
+    Of some rows alone, [R, D], where they are given: their edges are gathered, every one of them, so the vectors are
+    those of the whole table. It costs what the rows' edges cost, and no longer anything for the other items.
+    """
 
     width: int
 
     @nn.compact
-    def __call__(self, features: ItemFeatures, num_items: int) -> jax.Array:
-        entity = features.entity / jnp.maximum(jnp.linalg.norm(features.entity, axis=-1, keepdims=True), 1e-6)
-        relation = features.relation / jnp.maximum(jnp.linalg.norm(features.relation, axis=-1, keepdims=True), 1e-6)
-        own = nn.Dense(self.width, name="own")(entity[:num_items])  # [I, D]
+    def __call__(self, features: ItemFeatures, num_items: int, rows: jax.Array | None = None,
+                 edges: RowEdges | None = None) -> jax.Array:
+        relation = _unit(features.relation)
         # W [V_j ⊕ U_r] as W_V V_j + W_U U_r: each table is multiplied once and not once an edge.
-        tails = nn.Dense(self.width, use_bias=False, name="tail")(entity)  # [N, D]
+        tails_in = nn.Dense(self.width, use_bias=False, name="tail")
+        if rows is None:
+            entity = _unit(features.entity)
+            own_in, num_rows, head, edge_relation = entity[:num_items], num_items, features.head, features.edge_relation
+            tails, real = jnp.take(tails_in(entity), features.tail, axis=0), None  # [E, D]
+        else:
+            own_in, num_rows = _unit(jnp.take(features.entity, jnp.maximum(rows, 0), axis=0)), rows.shape[0]
+            head, edge_relation, tail, real = edges.of(features, rows)
+            if edges.capacity < features.entity.shape[0]:  # fewer edges than entities: gathered, then multiplied
+                tails = tails_in(_unit(jnp.take(features.entity, tail, axis=0)))
+            else:
+                tails = jnp.take(tails_in(_unit(features.entity)), tail, axis=0)
+        own = nn.Dense(self.width, name="own")(own_in)  # [I, D]
         relations = nn.Dense(self.width, name="relation")(relation)  # [2R, D]
-        edges = jnp.take(tails, features.tail, axis=0) + jnp.take(relations, features.edge_relation, axis=0)
-        message = nn.tanh(edges)  # [E, D]
+        message = nn.tanh(tails + jnp.take(relations, edge_relation, axis=0))  # [E, D]
         logits = nn.Dense(1, use_bias=False, name="attention")(message)[:, 0] + (
-            jnp.take(own, features.head, axis=0) * message).sum(-1) / jnp.sqrt(jnp.float32(self.width))  # [E]
-        highest = jax.ops.segment_max(logits, features.head, num_items, indices_are_sorted=True)
+            jnp.take(own, head, axis=0) * message).sum(-1) / jnp.sqrt(jnp.float32(self.width))  # [E]
+        if real is not None:
+            logits = jnp.where(real, logits, -jnp.inf)
+        highest = jax.ops.segment_max(logits, head, num_rows, indices_are_sorted=True)
         highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0.0))
-        raised = jnp.exp(logits - jnp.take(highest, features.head))
-        total = jax.ops.segment_sum(raised, features.head, num_items, indices_are_sorted=True)
-        pooled = jax.ops.segment_sum(raised[:, None] * message, features.head, num_items, indices_are_sorted=True)
+        raised = jnp.exp(logits - jnp.take(highest, head))
+        total = jax.ops.segment_sum(raised, head, num_rows, indices_are_sorted=True)
+        pooled = jax.ops.segment_sum(raised[:, None] * message, head, num_rows, indices_are_sorted=True)
         pooled = pooled / jnp.maximum(total, 1e-9)[:, None]  # [I, D]
         return nn.Dense(self.width, use_bias=False, name="out")(nn.tanh(own) + pooled)
 
 
+def _unit(rows: jax.Array) -> jax.Array:
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-6)
+
+
 class ItemTower(nn.Module):
-    """Features -> {part: [I, D]}; the item's vector is the sum of the parts that are present."""
+    """Features -> {part: [I, D]}; the item's vector is the sum of the parts that are present.
+
+    Of some rows alone, {part: [R, D]}, where they are given; -1 is no row and has no part.
+    """
 
     cfg: TowerConfig
     num_items: int
+    edges: RowEdges | None = None  # needed where rows are given and the features have edges
 
     @nn.compact
-    def __call__(self, features: ItemFeatures, deterministic: bool = True) -> dict[str, jax.Array]:
+    def __call__(self, features: ItemFeatures, deterministic: bool = True,
+                 rows: jax.Array | None = None) -> dict[str, jax.Array]:
+        def of_rows(table: jax.Array) -> jax.Array:
+            return table if rows is None else jnp.take(table, jnp.maximum(rows, 0), axis=0)
+
         parts = {}
         for name in sorted(features.vectors):
-            hidden = nn.Dense(self.cfg.width, name=f"{name}_in")(features.vectors[name])  # [I, D]
+            hidden = nn.Dense(self.cfg.width, name=f"{name}_in")(of_rows(features.vectors[name]))  # [I, D]
             bent = nn.gelu(hidden, approximate=True)
             parts[name] = nn.Dense(self.cfg.width, use_bias=False, name=f"{name}_out")(bent) + hidden
         if features.head.shape[0]:
-            parts["graph"] = GraphTower(self.cfg.width, name="graph")(features, self.num_items)
+            parts["graph"] = GraphTower(self.cfg.width, name="graph")(features, self.num_items, rows, self.edges)
         free = self.param("item_embeddings", nn.initializers.normal(0.1), (self.num_items, self.cfg.width))
-        parts[FREE] = free
+        parts[FREE] = of_rows(free)
         for name, vectors in parts.items():
-            keep = features.present[name]  # [I]
+            keep = of_rows(features.present[name])  # [I]
+            if rows is not None:
+                keep &= rows >= 0
             if not deterministic:
                 rate = self.cfg.free_dropout if name == FREE else self.cfg.part_dropout
                 keep &= jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, keep.shape)
@@ -103,76 +141,36 @@ class ItemTower(nn.Module):
         return parts
 
 
-def _safe_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the last axis where mask is True; all zeros, and not NaN, where nothing is."""
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    raised = jnp.where(mask, jnp.exp(logits - logits.max(-1, keepdims=True)), 0.0)
-    return raised / jnp.maximum(raised.sum(-1, keepdims=True), 1e-9)
-
-
-class HistoryTower(nn.Module):
-    """Histories of item vectors [B, H, D], the latest last, with a mask [B, H] -> user vectors [B, D].
-
-    An empty history gives the zero vector.
-    """
-
-    cfg: TowerConfig
-
-    @nn.compact
-    def __call__(self, items: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        cfg = self.cfg
-        if not deterministic:
-            shown = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - cfg.history_dropout, mask.shape)
-            mask = mask & jnp.where((mask & shown).any(-1, keepdims=True), shown, True)
-        hidden = items  # [B, H, D]
-        if cfg.history == "transformer":
-            position = self.param("position_embeddings", nn.initializers.normal(0.02), (cfg.max_history, cfg.width))
-            hidden = hidden + position[None, -hidden.shape[1]:]
-            for layer in range(cfg.layers):
-                hidden = self._block(hidden, mask, layer)
-        if cfg.history == "mean":
-            weights = mask.astype(hidden.dtype)  # [B, H]
-            pooled = (weights[..., None] * hidden).sum(1) / jnp.maximum(weights.sum(1, keepdims=True), 1.0)
-        else:
-            bent = nn.tanh(nn.Dense(cfg.width, name="pool_in")(hidden))
-            logits = nn.Dense(1, use_bias=False, name="pool")(bent)[..., 0]  # [B, H]
-            pooled = (_safe_softmax(logits, mask)[..., None] * hidden).sum(1)  # [B, D]
-        turn = nn.Dense(cfg.width, use_bias=False, kernel_init=nn.initializers.zeros, name="out")
-        out = pooled + turn(nn.tanh(pooled))
-        return jnp.where(mask.any(-1, keepdims=True), out, 0.0)
-
-    def _block(self, x: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-        """A pre-norm transformer block over the history."""
-        batch, length, width = x.shape
-        heads = self.cfg.heads
-        normed = nn.LayerNorm(name=f"norm_{layer}")(x)
-        query, key, value = (nn.Dense(width, name=f"{name}_{layer}")(normed).reshape(batch, length, heads, -1)
-                             for name in ("query", "key", "value"))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(jnp.float32(width // heads))
-        weights = _safe_softmax(logits, mask[:, None, None, :])
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, width)
-        x = x + nn.Dense(width, name=f"mix_{layer}")(mixed)
-        normed = nn.LayerNorm(name=f"norm_feed_{layer}")(x)
-        wide = nn.gelu(nn.Dense(2 * width, name=f"feed_{layer}")(normed), approximate=True)
-        return x + nn.Dense(width, name=f"feed_out_{layer}")(wide)
-
-
 class Towers(nn.Module):
     """Item and history towers over one space of vectors; scores are cosines over a learned temperature."""
 
     cfg: TowerConfig
     num_items: int
+    edges: RowEdges | None = None  # of the rows that a step asks for, where it does not ask for all
 
     def setup(self):
-        self.items = ItemTower(self.cfg, self.num_items)
-        self.history = HistoryTower(self.cfg)
+        self.items = ItemTower(self.cfg, self.num_items, self.edges)
+        self.history = (HistoryTower if self.cfg.history in POOLED else SequenceTower)(self.cfg)
         self.log_scale = self.param("log_scale", nn.initializers.constant(-jnp.log(self.cfg.temperature)), ())
 
-    def __call__(self, features: ItemFeatures, history: jax.Array,
-                 deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
-        """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H], -1: none."""
-        vectors = self.item_vectors(features, deterministic)
+    def __call__(self, features: ItemFeatures, history: jax.Array, deterministic: bool = True,
+                 rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H], -1: none.
+
+        With rows [R] of the item table, those alone are computed: item vectors [R, D], and histories of places in them.
+        """
+        vectors = self.item_vectors(features, deterministic, rows)
         return self.user_vectors(vectors, history, deterministic), vectors
+
+    def at_places(self, features: ItemFeatures, history: jax.Array, place: jax.Array, deterministic: bool = True,
+                  rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The same with a vector for each of the places [B, T] of a history: (user vectors [B, T, D], item vectors).
+
+        For encoders with a state at each position. MASKED in a history is an item that is not shown.
+        """
+        vectors = self.item_vectors(features, deterministic, rows)
+        states = self._states(vectors, history, deterministic)
+        return self._scaled(jnp.take_along_axis(states, place[..., None], axis=1)), vectors
 
     def item_parts(self, features: ItemFeatures) -> dict[str, jax.Array]:
         """{part: [I, D]}, scaled so that they add up to the item's vector of unit length (0 without any part)."""
@@ -180,15 +178,27 @@ class Towers(nn.Module):
         length = jnp.linalg.norm(sum(parts.values()), axis=-1, keepdims=True)
         return {name: part / jnp.maximum(length, 1e-6) for name, part in parts.items()}
 
-    def item_vectors(self, features: ItemFeatures, deterministic: bool = True) -> jax.Array:
-        """[I, D] of unit length; 0 for an item without any part."""
-        total = sum(self.items(features, deterministic).values())
+    def item_vectors(self, features: ItemFeatures, deterministic: bool = True,
+                     rows: jax.Array | None = None) -> jax.Array:
+        """[I, D] of unit length, or [R, D] of some rows; 0 for an item without any part."""
+        total = sum(self.items(features, deterministic, rows).values())
         return total / jnp.sqrt(jnp.maximum(jnp.square(total).sum(-1, keepdims=True), 1e-12))
 
     def user_vectors(self, item_vectors: jax.Array, history: jax.Array, deterministic: bool = True) -> jax.Array:
         """[B, D] for histories [B, H] int32, the latest last, -1 where there is none; 0 for an empty history."""
         mask = history >= 0
+        if self.cfg.history in POOLED:
+            items = jnp.take(item_vectors, jnp.maximum(history, 0), axis=0)  # [B, H, D]
+            return self._scaled(self.history(items, mask, deterministic))
+        if self.cfg.history in BIDIRECTIONAL:  # what comes next is what is masked behind the history
+            history = jnp.concatenate([history, jnp.full_like(history[:, :1], MASKED)], axis=1)  # [B, H + 1]
+        last = self._states(item_vectors, history, deterministic)[:, -1]
+        return self._scaled(jnp.where(mask.any(-1, keepdims=True), last, 0.0))
+
+    def _states(self, item_vectors: jax.Array, history: jax.Array, deterministic: bool) -> jax.Array:
         items = jnp.take(item_vectors, jnp.maximum(history, 0), axis=0)  # [B, H, D]
-        vector = self.history(items, mask, deterministic)
+        return self.history(items, history != -1, history == MASKED, deterministic)
+
+    def _scaled(self, vector: jax.Array) -> jax.Array:
         unit = vector / jnp.sqrt(jnp.maximum(jnp.square(vector).sum(-1, keepdims=True), 1e-12))
         return unit * jnp.exp(self.log_scale)

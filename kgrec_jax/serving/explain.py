@@ -18,7 +18,8 @@ from kgrec_jax.data.dataset import Graph
 from kgrec_jax.data.graph import Neighbours, phrase, short_title
 
 # What a part with addends over the history says of the nearest items, and what one without says at all.
-NEAR_WORDS = {"text": "reads like {}", "graph": "linked like {}", "media": "looks like {}", "features": "made like {}",
+NEAR_WORDS = {"text": "reads like {}", "tfidf": "reads like {}", "graph": "linked like {}", "media": "looks like {}",
+              "features": "made like {}",
               **dict.fromkeys(("rgcn", "kgat", "kgin"), "close in the graph to {}")}
 NEAR_OTHERWISE = "liked by those who liked {}"
 PART_WORDS = {
@@ -31,6 +32,8 @@ PART_WORDS = {
     "sequence": "follows from what you chose last",
     "user-knn": "chosen by users with a history like yours",
     "collaborative": "chosen by users with a history like yours",
+    **dict.fromkeys(("ials", "slim", "bpr"), "chosen by users with a history like yours"),
+    "tfidf": "its words fit your history",
 }
 LEVEL = "level"  # the name of what the gate adds to the score of every item without history
 NEW = "new: nobody has chosen it yet"

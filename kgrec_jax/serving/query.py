@@ -63,10 +63,15 @@ class QueryEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """[d] unit vector; zero for an empty text. Raises KgrecError or OSError where the weights cannot be had."""
+        return self.encode_all([text], batch_size=1)[0]
+
+    def encode_all(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """[n, d] unit vectors, as `encode` gives them."""
         from kgrec_jax.models.text_encoder import encode_texts
 
         encoder, tokenizer = self._loaded
-        return encode_texts(encoder, encoder.params, tokenizer, [text], max_length=self.max_length, batch_size=1)[0]
+        return encode_texts(encoder, encoder.params, tokenizer, texts, max_length=self.max_length,
+                            batch_size=batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

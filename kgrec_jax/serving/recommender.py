@@ -14,18 +14,23 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from kgrec_jax.data.categories import Categories, read_categories
 from kgrec_jax.data.dataset import Graph, Interactions
 from kgrec_jax.data.graph import Neighbours, neighbours, short_title
+from kgrec_jax.data.importers.auto import dataset_folder
 from kgrec_jax.data.text import TfidfSvd, TfidfWords
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.evaluation.beyond_accuracy import ItemVectors, ListMeasures
 from kgrec_jax.evaluation.ranking import top_k
-from kgrec_jax.linear.parts import Part
+from kgrec_jax.linear.parts import Factors, Part
 from kgrec_jax.models.propagation import PropagationPart
 from kgrec_jax.models.recommender import FusedModel, Histories, Scale, TowerPart, histories_of
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.serving import store
 from kgrec_jax.serving.explain import LEVEL, explain
+from kgrec_jax.serving.intake import Added, Block, Intake
 from kgrec_jax.serving.query import QueryEncoder, QueryIndex
+from kgrec_jax.serving.rerank import CANDIDATES, Material, Rerank
 from kgrec_jax.stages.graph import training_graph
 
 Say = Callable[[str], None]
@@ -45,6 +50,9 @@ class Recommender:
     graph: Graph
     held_out: int  # interactions that the run measured on: such items may appear in the lists
     query_index: QueryIndex | None = None  # None where no item has a text or a name
+    categories: Categories | None = None  # kinds of the items; None where nothing says any
+    intake: Intake | None = None  # what new items need to join; None in a recommender of an older version
+    added: tuple[Added, ...] = ()  # the items that joined, in the order of their rows
 
     @staticmethod
     def from_run(run: Any, model: FusedModel) -> Recommender:
@@ -66,7 +74,12 @@ class Recommender:
         graph = training_graph(data.graph)[0]
         graph = dataclasses.replace(graph, entity_texts=())  # only encoders read them
         return Recommender(model, data.user_ids, data.item_ids, data.item_names, histories, known, graph, held_out,
-                           QueryIndex.of(run))
+                           QueryIndex.of(run), intake=Intake.of(run))
+
+    def with_categories_of(self, run: Any) -> Recommender:
+        """The same, knowing which kinds of items the run's data set tells apart."""
+        folder = dataset_folder(run.experiment.data.path, lambda line: None)
+        return dataclasses.replace(self, categories=read_categories(run.dataset, self.graph, folder))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the folder in place of an older one, which stays until the new one is complete."""
@@ -80,13 +93,18 @@ class Recommender:
 
         Raises KgrecError where there is none, or where a file of it is missing, damaged or of another version.
         """
-        path = pathlib.Path(path)
-        folder = path if (path / store.MANIFEST).is_file() else path / "recommender"
+        folder = Recommender.folder(path)
         held = store.load(folder, CLASSES)
         if not isinstance(held, Recommender):
             raise KgrecError(f"{folder / store.MANIFEST}: found a {type(held).__name__}, expected a Recommender; "
                              "give the folder of a run")
         return held
+
+    @staticmethod
+    def folder(path: pathlib.Path | str) -> pathlib.Path:
+        """Where the recommender of a run is; a recommender's own folder will do for a run."""
+        path = pathlib.Path(path)
+        return path if (path / store.MANIFEST).is_file() else path / "recommender"
 
     @functools.cached_property
     def _user_rows(self) -> dict[str, int]:
@@ -108,6 +126,24 @@ class Recommender:
     @functools.cached_property
     def _links(self) -> Neighbours | None:
         return neighbours(self.graph, self.graph.num_entities) if len(self.graph.triples) else None
+
+    @functools.cached_property
+    def material(self) -> Material:
+        """What another order of a list goes by: the vectors of graph and text, and the kinds of items."""
+        parts = {name: self.model.parts[name] for name in ("graph", "text") if name in self.model.parts}
+        blocks = {name: part.encode for name, part in parts.items() if isinstance(part, Factors)}
+        return Material(ItemVectors(blocks) if blocks else None,
+                        None if self.categories is None else self.categories.shares)
+
+    def measures(self, candidates: np.ndarray | None) -> tuple[ListMeasures, str]:
+        """(what lists out of candidates [I] bool are measured with, None: all items; what it goes by, in a line)."""
+        material, kinds = self.material, self.categories
+        everything = np.ones(len(self.item_ids), bool) if candidates is None else candidates
+        vectors = f"diversity by {material.vectors.names}" if material.vectors else "no diversity: no text and no graph"
+        calibration = f"kinds of items by {kinds.source}" if kinds else (
+            "no miscalibration: no column such as genres and no relation that says it")
+        return (ListMeasures(everything, np.asarray(self.model.popularity), self.histories.matrix, material.vectors,
+                             material.shares), f"lists: {vectors}; {calibration}")
 
     def item_row(self, title: str, say: Say | None = None) -> int:
         """The item of a title: exact, else without case and trailing year; of several, the most touched one.
@@ -149,20 +185,22 @@ class Recommender:
         return sorted(likely, key=lambda name: (-alike(name), -touched[name]))[:count]
 
     def recommend(self, user: str | None = None, history: Sequence[str] | None = None, k: int = 10,
-                  candidates: Iterable[str] | None = None, *, query: str | None = None,
+                  candidates: Iterable[str] | None = None, *, query: str | None = None, rerank: Rerank | None = None,
                   say: Say | None = None) -> list[dict[str, Any]]:
         """The k best items for a known user, for a history of titles (the latest last), or for a free text.
 
         Args:
           k: at least 1; all that is left where the catalogue has fewer.
           candidates: item ids; only these are ranked.
+          rerank: orders the 100 best anew; each item keeps its score and its reason.
           say: told in one line of what the caller should know (an ambiguous title, a user without a history).
 
         Returns:
           A dict for each item: item_id, title, score, reason, and parts {name: addend}, which add up to the score.
 
         Raises:
-          KgrecError: not exactly one of user, history and query; an unknown user, title or candidate; k below 1.
+          KgrecError: not exactly one of user, history and query; an unknown user, title or candidate; k below 1; a
+            rerank that has nothing to go by.
         """
         given = [name for name, value in (("user", user), ("history", history), ("query", query)) if value is not None]
         if len(given) != 1:
@@ -170,11 +208,16 @@ class Recommender:
                              "expected exactly one of user, history and query")
         _check_k(k)
         mask = self.candidate_mask(candidates)
+        if rerank is not None:
+            self.material.check(rerank)
         if query is not None:
-            return self._for_query(query, k, mask, say)
+            return self._for_query(query, k, mask, rerank, say)
         own, known = self._of_user(user, say) if user is not None else self._of_titles(history, say)
-        items, _ = top_k(lambda _: self.model.scores(own), users=np.zeros(1, np.int64), known=known,
-                         num_items=len(self.item_ids), k=min(k, len(self.item_ids)), candidates=mask)
+        width = k if rerank is None else max(k, CANDIDATES)
+        items, scores = top_k(lambda _: self.model.scores(own), users=np.zeros(1, np.int64), known=known,
+                              num_items=len(self.item_ids), k=min(width, len(self.item_ids)), candidates=mask)
+        if rerank is not None:
+            items, _ = self.material.reorder(rerank, items, scores, k, own.matrix)
         return self._with_reasons(own, items[0][items[0] >= 0])
 
     def _of_user(self, user: str, say: Say | None) -> tuple[Histories, sp.csr_matrix]:
@@ -200,7 +243,11 @@ class Recommender:
                                shape=(1, len(self.item_ids)))
         return Histories(matrix, sequence), matrix
 
-    def _for_query(self, query: str, k: int, mask: np.ndarray | None, say: Say | None) -> list[dict[str, Any]]:
+    def _for_query(self, query: str, k: int, mask: np.ndarray | None, rerank: Rerank | None,
+                   say: Say | None) -> list[dict[str, Any]]:
+        if rerank is not None and rerank.kind == "calibrated":
+            raise KgrecError("--calibrate: found with --query, expected a user or a history, whose kinds of items the "
+                             "list is to have")
         if self.query_index is None:
             raise KgrecError("--query: found a recommender without any text of its items, expected names or text "
                              "columns in the data set that it was made from; use --user or --history")
@@ -209,8 +256,16 @@ class Recommender:
         if not len(rows) and say:
             say("--query: no item has any of these words")
         total = sum(values[rows] for values in matches.parts.values())
+        order = np.argsort(-total, kind="stable")
+        if rerank is not None and len(rows):
+            order = order[:max(k, CANDIDATES)]
+            nobody = sp.csr_matrix((1, len(self.item_ids)), dtype=np.float32)
+            found, _ = self.material.reorder(rerank, rows[order][None], total[order][None], k, nobody)
+            chosen = found[0][found[0] >= 0]
+        else:
+            chosen = rows[order][:k]
         out = []
-        for row in rows[np.argsort(-total, kind="stable")][:k].tolist():
+        for row in chosen.tolist():
             parts = {name: float(values[row]) for name, values in matches.parts.items()}
             out.append(self._entry(row, parts, self.query_index.reason(query, row, parts.get("text", 0.0))))
         return out
@@ -227,16 +282,24 @@ class Recommender:
         mask[[self._item_rows[c] for c in listed]] = True
         return mask
 
-    def all_users(self, k: int, candidates: Iterable[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def all_users(self, k: int, candidates: Iterable[str] | None = None,
+                  rerank: Rerank | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(items [Nu, k] int32, scores [Nu, k] float32) for every user, known items left out; -1 where there are fewer.
 
+        `rerank` orders each user's 100 best anew.
         Works in blocks of users: about 2 million scores of each part, and 16 million similarities of users, at a time.
         """
         _check_k(k)
         block = int(np.clip(min(2_000_000 // len(self.item_ids), 16_000_000 // len(self.user_ids)), 8, 256))
-        return top_k(lambda users: self.model.scores(self.histories.take(users)), users=np.arange(len(self.user_ids)),
-                     known=self.known, num_items=len(self.item_ids), k=k, candidates=self.candidate_mask(candidates),
-                     block=block)
+        if rerank is not None:
+            self.material.check(rerank)
+        width = k if rerank is None else max(k, CANDIDATES)
+        items, scores = top_k(
+            lambda users: self.model.scores(self.histories.take(users)), users=np.arange(len(self.user_ids)),
+            known=self.known, num_items=len(self.item_ids), k=width, candidates=self.candidate_mask(candidates),
+            block=block)
+        return (items, scores) if rerank is None else self.material.reorder(rerank, items, scores, k,
+                                                                            self.histories.matrix)
 
     def _with_reasons(self, own: Histories, items: np.ndarray) -> list[dict[str, Any]]:
         contributions, present = self.model.contributions(own, items[None])
@@ -268,8 +331,8 @@ class Recommender:
 
 
 # What a recommender's folder may hold: every kind of part, and what is around them.
-CLASSES = (*typing.get_args(Part), PropagationPart, FusedModel, Graph, Histories, QueryEncoder, QueryIndex, Recommender,
-           Scale, TfidfSvd, TfidfWords, TowerConfig, TowerPart)
+CLASSES = (*typing.get_args(Part), PropagationPart, Added, Block, Categories, FusedModel, Graph, Histories, Intake,
+           QueryEncoder, QueryIndex, Recommender, Scale, TfidfSvd, TfidfWords, TowerConfig, TowerPart)
 
 
 def _check_k(k: int) -> None:

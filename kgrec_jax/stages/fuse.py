@@ -15,26 +15,30 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kgrec_jax.data.dataset import Interactions, Split
+from kgrec_jax.data.dataset import Dataset, Interactions, Split
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.choose import LinearChoice, choose_linear
 from kgrec_jax.linear.ease import ease, skip_reason
 from kgrec_jax.linear.parts import Part
 from kgrec_jax.models.recommender import FusedModel, histories_of
-from kgrec_jax.models.towers import TowerConfig
+from kgrec_jax.models.tower_config import TowerConfig, check_towers
 from kgrec_jax.optim import OptimConfig
 from kgrec_jax.stages import item_features
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
+from kgrec_jax.stages.fuse_bpr import BOUNDS as BPR_BOUNDS
+from kgrec_jax.stages.fuse_bpr import BprConfig
 from kgrec_jax.stages.fuse_gate import GateConfig, HeldOut, learn_gate
-from kgrec_jax.stages.fuse_parts import Fitter, TowerTraining
+from kgrec_jax.stages.fuse_parts import Fitter
 from kgrec_jax.stages.fuse_propagation import KINDS, PROPAGATION_BOUNDS, Propagator
+from kgrec_jax.stages.fuse_rows import FURTHER, FurtherRows, Row
+from kgrec_jax.stages.fuse_towers import TowerTraining
 from kgrec_jax.stages.item_features import ItemContent
 from kgrec_jax.tracking import write_json
 
 # The rows of the report beside `fusion` and the towers', in order.
 ROWS = ("popularity", "item-knn", "user-knn", "ease", "spectral", "collaborative", "features", "graph", "text",
-        *KINDS)
+        *FURTHER, *KINDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Config:
     propagation_steps: int = 0  # 0: forty passes over the users, 300 to 1200
     propagation_batch: int = 256  # users of a step, at most a quarter of all
     propagation_optim: OptimConfig = OptimConfig(peak_lr=1e-2)  # of the propagation
+    rows: tuple[Row, ...] = ()  # further rows of the report beside EASE: ials, slim, bpr, tfidf
+    joined: tuple[Row, ...] = ()  # of these, parts of the fused score as well; they are rows in any case
+    bpr: BprConfig = BprConfig()  # how the row bpr is trained
     gate: GateConfig = GateConfig()  # over all parts
     text_length: int = 128  # tokens of an item's text
     text_encoder: Literal["choose", "released"] = "choose"  # choose: by recall on held-out items
@@ -156,19 +163,35 @@ def check(cfg: Config) -> None:
     bounds = {"steps": (0, many), "batch": (1, many), "cf_weight": (0.0, 1e6), "text_length": (3, many),
               "eval_users": (0, many), "tower.width": (1, many), "tower.layers": (1, 1000), "tower.heads": (1, many),
               "tower.max_history": (1, many), "tower.part_dropout": (0.0, 0.99), "tower.free_dropout": (0.0, 0.99),
-              "tower.history_dropout": (0.0, 0.99), "tower.temperature": (1e-4, 1e4), "gate.steps": (0, many),
+              "tower.history_dropout": (0.0, 0.99), "tower.hidden_dropout": (0.0, 0.99),
+              "tower.mask_share": (1e-6, 0.99), "tower.temperature": (1e-4, 1e4), "tower.candidates": (0, many),
+              "tower.candidate_power": (0.0, 4.0), "gate.steps": (0, many),
               "gate.batch": (1, many), "gate.candidates": (1, many), "gate.penalty": (0.0, 1e6),
               "gate.inner_share": (0.0, 0.9), "gate.guard_share": (0.0, 0.9), "gate.max_users": (1, many),
+              **{f"bpr.{name}": bound for name, bound in BPR_BOUNDS.items()},
               **{f"propagation_{name}": bound for name, bound in PROPAGATION_BOUNDS.items()}}
     check_bounds("fuse", cfg, bounds)
-    check_optimizers("fuse", cfg, ("optim", "gate.optim", "propagation_optim"))
-    if cfg.tower.history == "transformer" and cfg.tower.width % cfg.tower.heads:
-        raise KgrecError(f"fuse.tower.heads: found {cfg.tower.heads}, expected a divisor of fuse.tower.width "
-                         f"{cfg.tower.width}; change one of them")
+    check_optimizers("fuse", cfg, ("optim", "gate.optim", "propagation_optim", "bpr.optim"))
+    check_towers(cfg.tower)
 
 
-def prepare(experiment: Any, run: Any) -> tuple[Fitter, Choices]:
-    """Chooses every setting on held-out interactions, once for a run folder, and reads texts and graph."""
+def check_data(cfg: Config, data: Dataset) -> None:
+    """KgrecError where the config asks for what the data do not have."""
+    if cfg.tower.rating_weight == "none":
+        return
+    if not data.has_ratings:
+        raise KgrecError(f"fuse.tower.rating_weight: found {cfg.tower.rating_weight} for {data.name}, whose log has no "
+                         "column rating, expected none")
+    if (data.interactions.rating < 0).any():
+        raise KgrecError(f"fuse.tower.rating_weight: found {cfg.tower.rating_weight} for {data.name}, which has the "
+                         f"rating {data.interactions.rating.min():g}, expected none, or ratings from 0 on")
+
+
+def prepare(experiment: Any, run: Any, linear: LinearChoice | None = None) -> tuple[Fitter, Choices]:
+    """Chooses every setting on held-out interactions, once for a run folder, and reads texts and graph.
+
+    `linear`: settings of the closed forms that were chosen already, on the same interactions.
+    """
     cfg, held = experiment.fuse, run.stage("fuse") / "choices.json"
     if held.is_file():
         choices = Choices.load(held)
@@ -176,30 +199,34 @@ def prepare(experiment: Any, run: Any) -> tuple[Fitter, Choices]:
         content = item_features.build_content(run.dataset, run, vectors, source)
         kernels = _kernels(content, choices.content.weights if choices.content else ())
     else:
-        choices, content, kernels = _choose(experiment, run)
+        choices, content, kernels = _choose(experiment, run, linear)
         choices.save(held)
     kernel, l2 = None, 0.0
     if choices.content is not None:
         kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
     with_ease = "ease" not in choices.skipped
     fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, with_ease, experiment.seed,
-                    cfg.propagator)
+                    cfg.propagator, FurtherRows.of(cfg))
     return fitter, choices
 
 
-def _choose(experiment: Any, run: Any) -> tuple[Choices, ItemContent, dict[str, np.ndarray]]:
+def _choose(experiment: Any, run: Any,
+            linear: LinearChoice | None) -> tuple[Choices, ItemContent, dict[str, np.ndarray]]:
     """(what held-out interactions choose, the items' content, the kernels of its blocks)."""
     split, say = run.split, run.tracker.say
     shape = run.dataset.num_users, run.dataset.num_items
     train_matrix = split.train.matrix(*shape)
     skipped = {"ease": reason} if (reason := skip_reason(run.dataset.num_items)) else {}
-    linear = _choose_linear(split, shape, experiment.fuse.gate.inner_share, experiment.seed, not skipped, say)
+    further = FurtherRows.of(experiment.fuse)
+    if linear is None:
+        linear = _choose_linear(split, shape, experiment.fuse.gate.inner_share, experiment.seed, not skipped, further,
+                                say)
     part = None if skipped else ease(train_matrix, linear.ease_l2, linear.ease_dropout)
     vectors, source, compared = item_features.read_texts(experiment, run, train_matrix, part)
     content = item_features.build_content(run.dataset, run, vectors, source)
     kernels = {} if part is None else _kernels(content)
     choice = ridge.choose(train_matrix, part, kernels, say=say) if kernels else None
-    return Choices(linear, choice, source, compared, skipped), content, kernels
+    return Choices(linear, choice, source, compared, skipped | further.skipped(shape[1])), content, kernels
 
 
 def _kernels(content: ItemContent, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -209,36 +236,46 @@ def _kernels(content: ItemContent, names: Iterable[str] | None = None) -> dict[s
 
 
 def _choose_linear(split: Split, shape: tuple[int, int], share: float, seed: int, with_ease: bool,
-                   say: Any) -> LinearChoice:
+                   further: FurtherRows, say: Any) -> LinearChoice:
     """Settings of the closed forms on the warm part of the validation, or of the inner cut where there is none."""
     base, chosen = split.train, split.valid.take(np.isin(split.valid.item, split.valid_cold_items, invert=True))
     if not len(chosen):
         inner = inner_cut(split, share, seed)
         base, chosen = inner.fit, inner.heldout.take(np.isin(inner.heldout.item, inner.cold, invert=True))
-    return choose_linear(base.matrix(*shape), chosen.matrix(*shape), with_ease=with_ease, say=say)
+    return choose_linear(
+        base.matrix(*shape), chosen.matrix(*shape), with_ease=with_ease, with_ials=further.with_ials or not with_ease,
+        with_slim=further.with_slim(shape[1]), seed=seed, say=say)
 
 
-def run(experiment: Any, run: Any) -> tuple[FusedModel, dict[str, Part], dict]:
-    """Fits everything; gives the fused model, the baseline rows beside it, and the results of done.json."""
-    fitter, choices = prepare(experiment, run)
+def run(experiment: Any, run: Any, linear: LinearChoice | None = None,
+        watch: Callable[[dict], None] = lambda told: None) -> tuple[FusedModel, dict[str, Part], dict]:
+    """Fits everything; gives the fused model, the baseline rows beside it, and the results of done.json.
+
+    `linear`: as in `prepare`. `watch` gets what was measured while the gate was learned, before all parts are fitted
+    anew; what it raises ends the stage there.
+    """
+    fitter, choices = prepare(experiment, run, linear)
     held = run.stage("fuse") / "gate.json"
     if not held.is_file():
         write_json(held, _learn(experiment, run, fitter))
     gate, learned = _read(held, _learned)
+    watch(learned)
     final, parts = fitter.model(run.split.fit, run.stage("fuse") / "tower", gate)
     weights = np.exp(gate["warm"] - gate["warm"].max())
     run.tracker.say("fuse: weights of the parts for warm items: " + ", ".join(
         f"{name} {weight:.2f}" for name, weight in zip(final.names, weights / weights.sum())))
     rows = {name: parts[name] for name in ROWS if name in parts}
-    told = {**dataclasses.asdict(choices), "skipped": {**choices.skipped, **_lacking(parts)}}
+    told = {**dataclasses.asdict(choices), "skipped": {**choices.skipped, **_lacking(parts, fitter.further)}}
     return final, rows, {**told, **learned, "names": list(final.names)}
 
 
-def _lacking(parts: Mapping[str, Part]) -> dict[str, str]:
+def _lacking(parts: Mapping[str, Part], further: FurtherRows) -> dict[str, str]:
     """Row -> why there is none, for those that follow from what is known of the items."""
-    out = {} if "text" in parts else {"text": "no item has a text or a name"}
-    if "features" not in parts and "ease" in parts:
-        out["features"] = "no item has words, graph neighbours or vectors to share with another"
+    rows = ("text", *(("tfidf",) if "tfidf" in further.names else ()))
+    out = {name: "no item has a text or a name" for name in rows if name not in parts}
+    if "features" not in parts:
+        out["features"] = ("no item has words, graph neighbours or vectors to share with another" if "ease" in parts
+                           else "it carries EASE's scores to other items, and there is no EASE")
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -12,65 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from kgrec_jax import losses, train
 from kgrec_jax.data.dataset import Interactions
-from kgrec_jax.data.history_batches import HistoryBatch, HistoryBatches
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.choose import LinearChoice
 from kgrec_jax.linear.ease import ease
 from kgrec_jax.linear.neighbours import item_knn, user_knn
-from kgrec_jax.linear.parts import Constant, Factors, Part
+from kgrec_jax.linear.parts import Constant, Part
 from kgrec_jax.linear.popularity import popularity
 from kgrec_jax.linear.spectral import spectral
 from kgrec_jax.models.recommender import TOWER, FusedModel, Scale, TowerPart
-from kgrec_jax.models.towers import FREE, ItemFeatures, TowerConfig, Towers
-from kgrec_jax.optim import OptimConfig, make_optimizer
-from kgrec_jax.sharding import REPLICATED, Rules
+from kgrec_jax.models.tower_config import TowerConfig
+from kgrec_jax.models.towers import FREE, ItemFeatures
 from kgrec_jax.stages import item_features
 from kgrec_jax.stages.fuse_propagation import Propagator
+from kgrec_jax.stages.fuse_rows import FurtherRows, fit_ials, profile
+from kgrec_jax.stages.fuse_towers import TowerTraining, fit_towers
 from kgrec_jax.stages.item_features import ItemContent
 
-TOWER_RULES: Rules = REPLICATED  # the towers are small: every device has them whole
 ROW_ONLY = ("ease",)  # closed forms that are measured beside the fused score and are no part of it
-
-
-@dataclasses.dataclass(frozen=True)
-class TowerTraining:
-    """How the towers are trained: the fields of fuse.Config that are about it."""
-
-    steps: int
-    batch: int
-    optim: OptimConfig
-    cf_weight: float
-    log_every: int
-    checkpoint_every: int
-
-    def num_steps(self, num_users: int) -> int:
-        """Steps for so many users with a history."""
-        return self.steps or int(np.clip(40 * num_users // self.batch, 300, 1200))
-
-
-def init(model: Towers, features: ItemFeatures, key: jax.Array) -> Any:
-    """Parameters of the towers."""
-    return model.init(key, features, np.full((1, 1), -1, np.int32))["params"]
-
-
-def loss(cfg: TowerTraining, model: Towers, params: Any, features: ItemFeatures, batch: HistoryBatch,
-         key: jax.Array) -> tuple[jax.Array, dict]:
-    """λ_rec L_REC + λ_cf L_CF, means over the batch's users, and each term as (sum, count).
-
-    L_MLM has no part in it: the encoder is frozen here, so there is nothing that it could train.
-    """
-    users, items = model.apply({"params": params}, features, batch.history, False, rngs={"dropout": key})
-    rec = losses.table_cross_entropy(users, items, batch.targets, weights=batch.weights)  # [B]
-    free = params["items"]["item_embeddings"]
-    mask = (batch.history >= 0).astype(jnp.float32)  # [B, H]
-    mean = (jnp.take(free, jnp.maximum(batch.history, 0), axis=0) * mask[..., None]).sum(1)
-    mean = mean / jnp.maximum(mask.sum(1, keepdims=True), 1.0)
-    cf = losses.table_cross_entropy(mean * 10.0, free, batch.targets, weights=batch.weights)
-    count = (batch.weights.sum(1) > 0).sum().astype(jnp.float32)
-    total = (rec.sum() + cfg.cf_weight * cf.sum()) / jnp.maximum(count, 1.0)
-    return total, {"rec_loss": (rec.sum(), count), "cf_loss": (cf.sum(), count)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +45,18 @@ class Fitter:
     with_ease: bool
     seed: int
     propagator: Propagator | None = None
+    further: FurtherRows = FurtherRows()
 
     @property
     def num_items(self) -> int:
         """I."""
         return self.run.dataset.num_items
 
-    def closed_forms(self, log: Interactions) -> dict[str, Part]:
-        """The parts without a loop, by name; `ease` is the baseline row, `collaborative` the part of the score."""
+    def closed_forms(self, log: Interactions, folder: pathlib.Path) -> dict[str, Part]:
+        """The parts of behaviour and content, by name, and the rows that `further` asks for.
+
+        `ease` is the baseline row, `collaborative` the part of the score: EASE, or iALS where EASE cannot be had.
+        """
         matrix, choice = log.matrix(self.run.dataset.num_users, self.num_items), self.linear
         out: dict[str, Part] = {
             "popularity": popularity(matrix), "item-knn": item_knn(matrix, choice.item_neighbours),
@@ -103,16 +65,18 @@ class Fitter:
             out["ease"] = out["collaborative"] = ease(matrix, choice.plain_ease_l2)
             if (choice.ease_l2, choice.ease_dropout) != (choice.plain_ease_l2, 0.0):
                 out["collaborative"] = ease(matrix, choice.ease_l2, choice.ease_dropout)
+        else:
+            out["collaborative"] = fit_ials(matrix, choice, folder, self.run, self.seed)
         if self.kernel is not None:
             out["features"] = ridge.content(out["collaborative"], self.kernel, self.content_l2)
             base = out["popularity"]
             values = ridge.predicted(base.values, base.known, self.kernel, self.content_l2)
             out["expected-popularity"] = Constant(values, np.diagonal(self.kernel) > 0)
         if self.content.links is not None:
-            out["graph"] = _profile(item_features.unit_rows(self.content.links))
+            out["graph"] = profile(item_features.unit_rows(self.content.links))
         if self.content.text is not None:
-            out["text"] = _profile(item_features.unit_rows(item_features.centred(self.content.text)))
-        return out
+            out["text"] = profile(item_features.unit_rows(item_features.centred(self.content.text)))
+        return out | self.further.fit(log, matrix, choice, self.content, folder, self.run, self.seed)
 
     def features(self, log: Interactions) -> ItemFeatures:
         """What the item tower reads; free rows are present for the log's items alone."""
@@ -129,38 +93,21 @@ class Fitter:
 
     def tower(self, log: Interactions, folder: pathlib.Path) -> TowerPart:
         """The towers trained on one log; checkpoints and metrics go to `folder`."""
-        cfg = self.training
-        steps = cfg.num_steps(len(np.unique(log.user)))
-        model, features = Towers(self.shape, self.num_items), self.features(log)
-        source = HistoryBatches.of(log, num_steps=steps, batch=cfg.batch, max_history=self.shape.max_history,
-                                   seed=self.seed)
-        fitted = train.fit(
-            workdir=folder, init_fn=lambda key: init(model, features, key), loss_fn=functools.partial(loss, cfg, model),
-            constants=features, source=source, tx=make_optimizer(cfg.optim, steps), seed=self.seed, mesh=self.run.mesh,
-            rules=TOWER_RULES, log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
-            label=f"fuse {folder.name}", tracker=self.run.tracker)
-        params = jax.device_get(fitted.params)
-        item_parts = jax.jit(functools.partial(model.apply, method=Towers.item_parts))
-        parts = jax.device_get(item_parts({"params": params}, features))
-        known = np.any([np.asarray(p) for n, p in features.present.items() if n in parts], axis=0)
-        return TowerPart(self.shape, params, np.asarray(sum(parts.values())), parts, known)
+        return fit_towers(self.shape, self.training, self.features(log), log, folder, self.run, self.seed)
 
     def model(self, log: Interactions, folder: pathlib.Path, gate: Any) -> tuple[FusedModel, dict[str, Part]]:
         """(the fused model on one log under a gate, all its parts but the towers by name)."""
-        parts = self.closed_forms(log)
+        parts = self.closed_forms(log, folder)
         if self.propagator is not None:
             parts[self.propagator.shape.kind] = self.propagator.fit(
                 self.content.graph, log, folder / "propagation", self.run, self.seed)
-        fused = {name: part for name, part in parts.items() if name not in ROW_ONLY}
+        apart = {*ROW_ONLY, *self.further.names} - set(self.further.joined)
+        if not self.with_ease:
+            apart |= {"ials"}  # it is `collaborative` already
+        fused = {name: part for name, part in parts.items() if name not in apart}
         matrix = log.matrix(self.run.dataset.num_users, self.num_items)
         tower = self.tower(log, folder)
         return FusedModel(fused, tower, gate, (*fused, TOWER), matrix.getnnz(axis=0), scale_of(matrix)), parts
-
-
-def _profile(unit: np.ndarray | sp.csr_matrix) -> Factors:
-    """Cosine of each item with the sum of the history's unit vectors [I, d]."""
-    length = np.asarray(abs(unit).sum(axis=1)).ravel()
-    return Factors(unit, sp.csr_matrix(unit.T) if sp.issparse(unit) else np.ascontiguousarray(unit.T), length > 0)
 
 
 def scale_of(matrix: sp.csr_matrix) -> Scale:

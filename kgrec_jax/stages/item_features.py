@@ -100,7 +100,7 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix | None,
     cfg, rows = experiment.fuse, item_texts(run.dataset)
     held = run.stage("fuse") / "text.npz"
     if held.is_file():
-        return _load_texts(held, len(rows))
+        return load_texts(held, len(rows))
     if not any(r.strip() for r in rows):
         return None, "", {}
     encoder = released_encoder(experiment, run)
@@ -123,13 +123,18 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix | None,
                             + ", ".join(f"{n} {v:.4f}" for n, v in compared.items()) + f"; {source} reads the items")
         length = min(cfg.text_length, encoder.config.max_position_embeddings)
         vectors = encode(encoder, candidates[source], tokenizer, rows, length, run, "item texts")
-    temporary = held.with_suffix(".tmp.npz")
-    np.savez(temporary, vectors=vectors, source=source, compared=json.dumps(compared))
-    temporary.replace(held)
+    save_texts(held, vectors, source, compared)
     return vectors, source, compared
 
 
-def _load_texts(path: pathlib.Path, num_items: int) -> tuple[np.ndarray, str, dict[str, float]]:
+def save_texts(path: pathlib.Path, vectors: np.ndarray, source: str, compared: Mapping[str, float]) -> None:
+    """Keeps text vectors for `read_texts` to find."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, vectors=vectors, source=source, compared=json.dumps(compared))
+    temporary.replace(path)
+
+
+def load_texts(path: pathlib.Path, num_items: int) -> tuple[np.ndarray, str, dict[str, float]]:
     """What `read_texts` kept; KgrecError where the file is damaged or of other items."""
     try:
         with np.load(path, allow_pickle=False) as file:
