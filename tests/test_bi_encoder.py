@@ -318,6 +318,7 @@ def test_goes_on_bit_for_bit_after_a_break(encoder_folder, finished, tmp_path, m
     assert all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
 
 
+@pytest.mark.slow
 def test_adapters_of_two_towers_learn_from_drawn_rivals_on_a_mesh(encoder_folder, tmp_path):
     cfg = dataclasses.replace(SMALL, steps=4, batch=16, mode="lora", towers="two", rivals=20, eval_every=2)
     vectors, results, data = train(tmp_path, encoder_folder, cfg, mesh=make_mesh(MeshConfig()))

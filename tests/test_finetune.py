@@ -129,6 +129,7 @@ def test_every_task_with_methods_that_need_the_inside_of_the_encoder(method, tas
     assert not (tmp_path / "run" / "encoder").exists() and (tmp_path / "run" / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_contrast_spreads_texts_out(tmp_path):
     (tmp_path / "texts.txt").write_text(
         "\n".join(f"{a} {b} {c} things" for a in COLOURS for b in COLOURS for c in COLOURS))

@@ -145,6 +145,7 @@ def few_dims(monkeypatch):
     monkeypatch.setattr(choose, "IALS_DIMS", (4, 8, 16))
 
 
+@pytest.mark.slow
 def test_rows_are_measured_and_join_the_score_where_asked(tmp_path, few_dims):
     experiment = small(tmp_path, rows=("ials", "slim", "bpr", "tfidf"), joined=("ials", "bpr", "tfidf"))
     report = pipeline.run(experiment, tmp_path / "run", quiet=True)

@@ -154,6 +154,7 @@ def test_resumes_to_the_same_towers(walks, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
+@pytest.mark.slow
 def test_steps_on_several_devices(walks, tmp_path):
     one, many = (fitted(walks, tmp_path / str(n), small("sasrec", candidates=16, width=16), 20, devices=n)
                  for n in (1, 8))
