@@ -161,5 +161,7 @@ def test_sequences_follow_time_then_rows():
     log = Interactions(np.array([1, 0, 1, 1], np.int32), np.array([4, 2, 3, 5], np.int32), np.ones(4, np.float32),
                        np.array([7, 0, 2, 7]))
     held = Sequences.of(log, np.array([1.0, 2.0, 3.0, 4.0]))
-    assert [i.tolist() for i in held.items] == [[2], [3, 4, 5]]
-    assert [w.tolist() for w in held.weights] == [[2.0], [3.0, 1.0, 4.0]]
+    assert [held.of_user(n)[0].tolist() for n in range(2)] == [[2], [3, 4, 5]]
+    assert [held.of_user(n)[1].tolist() for n in range(2)] == [[2.0], [3.0, 1.0, 4.0]]
+    assert len(held.at_least(2)) == 1 and held.at_least(2).of_user(0)[0].tolist() == [3, 4, 5]
+    assert len(held.at_least(9)) == 2

@@ -84,15 +84,18 @@ class _Taste:
     def draw(self, lengths: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(user, item), each [Σ lengths], of users numbered from 0, shuffled."""
         topics = rng.integers(self.topics, size=(len(lengths), len(SHARES)))
-        keys, tries = np.zeros(0, np.int64), 0
-        while (missing := lengths - np.bincount(keys // self.items, minlength=len(lengths))).max() > 0:
+        keys, enough, wanted, tries = np.zeros(0, np.int64), [], lengths, 0
+        while (missing := wanted - np.bincount(keys // self.items, minlength=len(lengths))).max() > 0:
             missing = np.maximum(missing, 0)
+            waits = (missing > 0)[keys // self.items]  # only users who lack something are sorted again
+            keys, wanted, enough = keys[waits], np.where(missing > 0, wanted, 0), [*enough, keys[~waits]]
             user = np.repeat(np.arange(len(lengths)), missing + missing // 3 + (missing > 0))
             if tries < 8:
                 item = self._tasted(topics[user], rng)
             else:  # a small topic may be used up
                 item = rng.integers(self.items, size=len(user))
             keys, tries = np.union1d(keys, user * self.items + item), tries + 1
+        keys = np.sort(np.concatenate([*enough, keys]))
         user = keys // self.items
         order = np.lexsort((rng.random(len(keys)), user))  # some of those drawn too many are dropped, any of them
         starts = np.searchsorted(user, np.arange(len(lengths)))

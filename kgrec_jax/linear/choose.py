@@ -151,19 +151,23 @@ def choose_slim(train: sp.csr_matrix, heldout: sp.csr_matrix) -> tuple[float, fl
 
 
 def choose_linear(train: sp.csr_matrix, heldout: sp.csr_matrix, *, with_ease: bool,
-                  with_ials: bool = False, with_slim: bool = False, seed: int = 0,
+                  with_ials: bool = False, with_slim: bool = False, without: tuple[str, ...] = (), seed: int = 0,
                   say: Callable[[str], None]) -> LinearChoice:
     """Settings of each closed form fitted on `train` and judged on `heldout`, both binary [Nu, I].
 
-    With nothing held out, or without an item of many, the defaults stand.
+    With nothing held out, or without an item of many, the defaults stand, as they do for item-kNN and user-kNN where
+    `without` names them.
     """
     start = 3
     default = LinearChoice(100, 100, EASE_L2[start], 0.0, EASE_L2[start], 32, {})
     if not heldout.nnz:
         return default
     scores: dict[str, float] = {}
-    item_k, scores["item-knn"] = _best(list(NEIGHBOURS), lambda k: judge(item_knn(train, k), train, heldout))
-    user_k, scores["user-knn"] = _best(list(NEIGHBOURS), lambda k: judge(user_knn(train, k), train, heldout))
+    item_k, user_k = default.item_neighbours, default.user_neighbours
+    if "item-knn" not in without:
+        item_k, scores["item-knn"] = _best(list(NEIGHBOURS), lambda k: judge(item_knn(train, k), train, heldout))
+    if "user-knn" not in without:
+        user_k, scores["user-knn"] = _best(list(NEIGHBOURS), lambda k: judge(user_knn(train, k), train, heldout))
     ranks = [r for r in RANKS if r < min(train.shape)] or [1]
     rank, scores["spectral"] = _best(ranks, lambda r: judge(spectral(train, r), train, heldout))
     plain, l2, dropout = default.plain_ease_l2, default.ease_l2, 0.0

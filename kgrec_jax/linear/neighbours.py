@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.sparse as sp
 
@@ -11,7 +13,8 @@ NEIGHBOURS = (50, 100, 200)  # the values of k that are compared on validation
 SHRINK = 10.0
 ITEM_WORK = 2e10  # products of an item-item matrix from which item-kNN is left out: about half an hour with its choice
 USER_WORK = 1e6  # products and users that a list of user-kNN goes through from which it is left out: some 20 ms a list
-_DENSE = 1 << 26  # numbers in a block of similarities
+_DENSE = 1 << 26  # numbers in a block of similarities; above, they are kept sparse
+_PRODUCTS = 2e7  # pairs of items in a sparse block
 
 
 def skip_reasons(train: sp.csr_matrix) -> dict[str, str]:
@@ -19,7 +22,8 @@ def skip_reasons(train: sp.csr_matrix) -> dict[str, str]:
     users, items = train.getnnz(axis=1).astype(np.float64), train.getnnz(axis=0).astype(np.float64)
     out, work = {}, float(np.square(users).sum())
     if work > ITEM_WORK:
-        out["item-knn"] = f"{work:.2g} pairs of items in the histories, more than the {ITEM_WORK:.0e} that it is tried on"
+        out["item-knn"] = (f"{work:.2g} pairs of items in the histories, more than the {ITEM_WORK:.0e} that it is tried "
+                           "on")
     each = float(np.square(items).sum()) / max(len(users), 1) + len(users)
     if each > USER_WORK:
         out["user-knn"] = (f"each list would go through {len(users):,} users and {each - len(users):,.0f} of their "
@@ -30,7 +34,8 @@ def skip_reasons(train: sp.csr_matrix) -> dict[str, str]:
 def item_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SHRINK, block: int = 2048) -> ItemWeights:
     """The `num_neighbours` most similar items of each candidate, cosine with shrinkage.
 
-    Works through the candidates in blocks, so that its memory is block × I and not I × I.
+    Works through the candidates in blocks, so that its memory is block × I and not I × I; where that is much, what is
+    0 is not kept either.
 
     Args:
       train: [Nu, I] binary.
@@ -39,6 +44,9 @@ def item_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SH
     counts = train.getnnz(axis=0)
     norms = np.sqrt(counts.astype(np.float32))  # [I]
     by_item = train.T.tocsr()
+    if block * num_items > _DENSE:
+        weights = sp.vstack(list(_sparse_blocks(train, by_item, norms, num_neighbours, shrink))).T.tocsr()
+        return ItemWeights(weights.astype(np.float32), counts > 0)
     columns = []
     for start in range(0, num_items, block):
         stop = min(start + block, num_items)
@@ -53,6 +61,28 @@ def item_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SH
         columns.append(sp.csr_matrix((values[kept], (rows[kept], top.ravel()[kept])), shape=similarity.shape))
     weights = sp.vstack(columns).T.tocsr()  # [I history, I candidate]
     return ItemWeights(weights.astype(np.float32), counts > 0)
+
+
+def _sparse_blocks(train: sp.csr_matrix, by_item: sp.csr_matrix, norms: np.ndarray, num_neighbours: int,
+                   shrink: float) -> Iterator[sp.csr_matrix]:
+    """The nearest of some candidates after others, [b, I]: as many as have `_PRODUCTS` pairs in the histories."""
+    work = np.cumsum(by_item @ train.getnnz(axis=1).astype(np.float64))  # [I]
+    start = 0
+    while start < len(norms):
+        before = work[start - 1] if start else 0.0
+        stop = max(start + 1, int(np.searchsorted(work, before + _PRODUCTS, side="right")))
+        found = (by_item[start:stop] @ train).tocsr()  # [b, I] co-counts
+        row = np.repeat(np.arange(stop - start), np.diff(found.indptr))
+        values = found.data / (norms[start:stop][row] * norms[found.indices] + np.float32(shrink + 1e-9))
+        values[found.indices == start + row] = 0.0
+        kept = np.ones(len(values), bool)
+        for one in np.flatnonzero(np.diff(found.indptr) > num_neighbours):
+            own = slice(found.indptr[one], found.indptr[one + 1])
+            kept[own] = False
+            kept[own.start + np.argpartition(-values[own], num_neighbours - 1)[:num_neighbours]] = True
+        kept &= values > 0
+        yield sp.csr_matrix((values[kept], (row[kept], found.indices[kept])), shape=found.shape)
+        start = stop
 
 
 def user_knn(train: sp.csr_matrix, num_neighbours: int = 100, shrink: float = SHRINK) -> UserNeighbours:

@@ -17,7 +17,7 @@ import numpy as np
 
 from kgrec_jax.data.dataset import Dataset, Interactions, Split
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.linear import ridge
+from kgrec_jax.linear import neighbours, ridge
 from kgrec_jax.linear.choose import LinearChoice, choose_linear
 from kgrec_jax.linear.ease import ease, skip_reason
 from kgrec_jax.linear.parts import Part
@@ -206,7 +206,7 @@ def prepare(experiment: Any, run: Any, linear: LinearChoice | None = None) -> tu
         kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
     with_ease = "ease" not in choices.skipped
     fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, with_ease, experiment.seed,
-                    cfg.propagator, FurtherRows.of(cfg))
+                    cfg.propagator, FurtherRows.of(cfg), tuple(choices.skipped))
     return fitter, choices
 
 
@@ -217,11 +217,12 @@ def _choose(experiment: Any, run: Any,
     shape = run.dataset.num_users, run.dataset.num_items
     train_matrix = split.train.matrix(*shape)
     skipped = {"ease": reason} if (reason := skip_reason(run.dataset.num_items)) else {}
+    skipped |= neighbours.skip_reasons(train_matrix)
     further = FurtherRows.of(experiment.fuse)
     if linear is None:
-        linear = _choose_linear(split, shape, experiment.fuse.gate.inner_share, experiment.seed, not skipped, further,
-                                say)
-    part = None if skipped else ease(train_matrix, linear.ease_l2, linear.ease_dropout)
+        linear = _choose_linear(split, shape, experiment.fuse.gate.inner_share, experiment.seed, tuple(skipped),
+                                further, say)
+    part = None if "ease" in skipped else ease(train_matrix, linear.ease_l2, linear.ease_dropout)
     vectors, source, compared = item_features.read_texts(experiment, run, train_matrix, part)
     content = item_features.build_content(run.dataset, run, vectors, source)
     kernels = {} if part is None else _kernels(content)
@@ -235,16 +236,17 @@ def _kernels(content: ItemContent, names: Iterable[str] | None = None) -> dict[s
     return {name: ridge.kernel(blocks[name]) for name in (blocks if names is None else names)}
 
 
-def _choose_linear(split: Split, shape: tuple[int, int], share: float, seed: int, with_ease: bool,
+def _choose_linear(split: Split, shape: tuple[int, int], share: float, seed: int, without: tuple[str, ...],
                    further: FurtherRows, say: Any) -> LinearChoice:
     """Settings of the closed forms on the warm part of the validation, or of the inner cut where there is none."""
     base, chosen = split.train, split.valid.take(np.isin(split.valid.item, split.valid_cold_items, invert=True))
     if not len(chosen):
         inner = inner_cut(split, share, seed)
         base, chosen = inner.fit, inner.heldout.take(np.isin(inner.heldout.item, inner.cold, invert=True))
+    with_ease = "ease" not in without
     return choose_linear(
         base.matrix(*shape), chosen.matrix(*shape), with_ease=with_ease, with_ials=further.with_ials or not with_ease,
-        with_slim=further.with_slim(shape[1]), seed=seed, say=say)
+        with_slim=further.with_slim(shape[1]), without=without, seed=seed, say=say)
 
 
 def run(experiment: Any, run: Any, linear: LinearChoice | None = None,

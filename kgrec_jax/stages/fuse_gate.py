@@ -20,6 +20,7 @@ from kgrec_jax.optim import OptimConfig, make_optimizer
 from kgrec_jax.sharding import REPLICATED
 
 ALONE = 20.0  # logit that makes one part's weight all there is
+_SCORES = 1 << 27  # of all parts together, in a block of users: 512 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,9 @@ def gate_loss(cfg: GateConfig, joint: bool, params: Any, constants: Any, batch: 
 def gate_data(cfg: GateConfig, model: FusedModel, held: HeldOut, users: np.ndarray, lead: dict[bool, str]) -> GateBatch:
     """The highest candidates of each user by the leading part, warm and cold ones; relevant = held out."""
     cold, known, features = model.cold, model.known(), model.item_features()
-    pieces = []
-    for start in range(0, len(users), 256):
-        rows = users[start:start + 256]
+    pieces, size = [], _users_at_a_time(model, 256)
+    for start in range(0, len(users), size):
+        rows = users[start:start + size]
         scores, present, user = model.standardised(held.histories.take(rows))
         hide = held.seen[rows].toarray() > 0
         lists, valid = [], []
@@ -161,7 +162,7 @@ def judge_parts(model: FusedModel, held: HeldOut, users: np.ndarray) -> dict[boo
     for side in (False, True):
         among = model.cold == side
         there = bool(_relevant(held, users, among).nnz)
-        out[side] = {name: _each(held, users, among, functools.partial(model.part_scores, name=name))
+        out[side] = {name: _each(held, users, among, functools.partial(model.part_scores, name=name), model)
                      for name in model.names if there}
     return out
 
@@ -169,7 +170,7 @@ def judge_parts(model: FusedModel, held: HeldOut, users: np.ndarray) -> dict[boo
 def check_gate(model: FusedModel, gate: dict, held: HeldOut, users: np.ndarray, judged: dict[str, np.ndarray],
                side: bool) -> tuple[dict, dict]:
     """The gate, or that of the best part alone among warm or cold items where the gate is behind it."""
-    fused = _each(held, users, model.cold == side, dataclasses.replace(model, gate=gate).scores)
+    fused = _each(held, users, model.cold == side, dataclasses.replace(model, gate=gate).scores, model)
     best = max(judged, key=lambda name: judged[name].mean())
     mean, error = paired_difference(fused, judged[best])
     told = {"fused": float(fused.mean()), "best": best, "value": float(judged[best].mean()), "kept": "the gate"}
@@ -189,12 +190,17 @@ def _relevant(held: HeldOut, users: np.ndarray, among: np.ndarray) -> sp.csr_mat
     return relevant
 
 
-def _each(held: HeldOut, users: np.ndarray, among: np.ndarray, score: Any) -> np.ndarray:
+def _users_at_a_time(model: FusedModel, most: int) -> int:
+    """Users whose scores by every part are held together: all of `most` but where there are very many items."""
+    return max(1, min(most, _SCORES // (len(model.names) * model.num_items)))
+
+
+def _each(held: HeldOut, users: np.ndarray, among: np.ndarray, score: Any, model: FusedModel) -> np.ndarray:
     """NDCG@10 of each user who has something to be found among the items of one kind, those alone ranked."""
-    relevant, out = _relevant(held, users, among), []
-    for start in range(0, len(users), 512):
-        rows = users[start:start + 512]
+    relevant, out, size = _relevant(held, users, among), [], _users_at_a_time(model, 512)
+    for start in range(0, len(users), size):
+        rows = users[start:start + size]
         scores = np.array(score(held.histories.take(rows)))
         scores[:, ~among] = -np.inf
-        out.append(ndcg10(scores, held.seen[rows].tocsr(), relevant[start:start + 512]))
+        out.append(ndcg10(scores, held.seen[rows].tocsr(), relevant[start:start + size]))
     return np.concatenate(out)
