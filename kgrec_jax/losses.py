@@ -128,7 +128,7 @@ def _kept_cross_entropy(queries, table, bias, targets, weights, num_rows):
 
 
 def _kept_forward(queries, table, bias, targets, weights, num_rows):
-    walk = functools.partial(_keep_forward, num_rows=num_rows)
+    walk = functools.partial(kept_forward, num_rows=num_rows)
     rows = _over_rows(walk, table, ("columns", P(), P(), P()))
     shares, top, total, hit = rows(table, bias, queries, targets, weights)
     return weights.sum(axis=1) * (top + jnp.log(total)) - hit, (queries, table, bias, targets, weights, shares, total)
@@ -137,15 +137,16 @@ def _kept_forward(queries, table, bias, targets, weights, num_rows):
 def _kept_backward(num_rows, saved, g):
     del num_rows
     queries, table, bias, targets, weights, shares, total = saved
-    rows = _over_rows(_keep_backward, table, (P(), "table", "bias"), columns=3)
+    rows = _over_rows(kept_backward, table, (P(), "table", "bias"), columns=3)
     d_queries, d_table, d_bias = rows(table, bias, queries, targets, weights, shares, total, g)
-    return d_queries, d_table, None if bias is None else d_bias, None, None
+    d_bias = None if bias is None else d_bias
+    return d_queries.astype(queries.dtype), d_table.astype(table.dtype), d_bias, None, None
 
 
 _kept_cross_entropy.defvjp(_kept_forward, _kept_backward)
 
 
-def _keep_forward(offset, axes, table, bias, queries, targets, weights, *, num_rows):
+def kept_forward(offset, axes, table, bias, queries, targets, weights, *, num_rows):
     """(exp(s − top) [B, n] of this device's rows; top [B], Σ exp(s − top) [B] and Σ_t w_t s_{y_t} [B] of all rows)."""
     _, _, scores = _scores(queries, table, bias, 0, table.shape[0], offset, num_rows)
     local, mine = _local_targets(offset, table.shape[0], targets)
@@ -158,8 +159,8 @@ def _keep_forward(offset, axes, table, bias, queries, targets, weights, *, num_r
     return (shares, top, *(jax.lax.psum((total, hit), axes) if axes else (total, hit)))
 
 
-def _keep_backward(offset, axes, table, bias, queries, targets, weights, shares, total, g):
-    """(d queries [B, D] of all rows, d table, d bias of this device's rows).
+def kept_backward(offset, axes, table, bias, queries, targets, weights, shares, total, g):
+    """(d queries [B, D] of all rows, d table, d bias of this device's rows), float32.
 
     d scores = scale (exp(s − top) − w total / Σw): the scale of a query goes to [B, D] and never over [B, n].
     """
@@ -175,7 +176,7 @@ def _keep_backward(offset, axes, table, bias, queries, targets, weights, shares,
     d_bias = None if bias is None else jnp.einsum("bn,b->n", pulled, scale[:, 0].astype(pulled.dtype),
                                                   preferred_element_type=jnp.float32)
     d_queries = jax.lax.psum(d_queries, axes) if axes else d_queries
-    return d_queries.astype(queries.dtype), d_table.astype(table.dtype), d_bias
+    return d_queries, d_table, d_bias
 
 
 def _local_targets(offset, rows, targets):

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kgrec_jax.losses import device_rows, table_cross_entropy, targets_and_weights
+from kgrec_jax.losses import device_rows, kept_backward, kept_forward, table_cross_entropy, targets_and_weights
 
 # A block smaller than this many queries makes thin products; more rows than fit go the way of `losses`.
 _MIN_QUERIES, _MAX_BYTES = 64, 2**27
@@ -61,28 +61,13 @@ def _forward(queries, targets, weights, table, bias, num_rows):
     def step(carry, block):
         loss, d_table, d_bias = carry
         added, shares, total = _block_loss(*block, table, bias, num_rows)
-        query, target, weight = block
-        all_weights = weight.sum(axis=1)  # [b]
-        pull = weight * (total / jnp.where(all_weights == 0, 1.0, all_weights))[:, None]  # [b, T]
-        place = jnp.where(weight != 0, target, table.shape[0])
-        # d scores = scale (exp(s − top) − w total / Σw): the scale goes to [b, D] and never over [b, N].
-        pulled = shares.at[jnp.arange(place.shape[0])[:, None], place].add(-pull, mode="drop").astype(query.dtype)
-        scale = (all_weights / total)[:, None]  # [b, 1]
-        d_query = scale * jnp.einsum("bn,nd->bd", pulled, table, preferred_element_type=jnp.float32)
-        scaled = (scale * query.astype(jnp.float32)).astype(query.dtype)
-        d_table = d_table + jnp.einsum("bn,bd->nd", pulled, scaled, preferred_element_type=jnp.float32)
-        if d_bias is not None:
-            d_bias = d_bias + jnp.einsum("bn,b->n", pulled, scale[:, 0].astype(pulled.dtype),
-                                         preferred_element_type=jnp.float32)
-        return (loss + added, d_table, d_bias), d_query
+        one = jnp.ones_like(total)
+        d_query, more, more_bias = kept_backward(0, (), table, bias, *block, shares, total, one)
+        return (loss + added, d_table + more, None if bias is None else d_bias + more_bias), d_query
 
     zeros = (jnp.float32(0), jnp.zeros(table.shape, jnp.float32),
              None if bias is None else jnp.zeros(bias.shape, jnp.float32))
-    if queries.shape[0] == 1:  # no loop, so that nothing is carried through one
-        (loss, d_table, d_bias), d_queries = step(zeros, (queries[0], targets[0], weights[0]))
-        d_queries = d_queries[None]
-    else:
-        (loss, d_table, d_bias), d_queries = jax.lax.scan(step, zeros, (queries, targets, weights))
+    (loss, d_table, d_bias), d_queries = jax.lax.scan(step, zeros, (queries, targets, weights))
     # The gradients are kept in the types of what they belong to.
     return loss, (d_queries.astype(queries.dtype), d_table.astype(table.dtype), d_bias)
 
@@ -98,15 +83,5 @@ _summed.defvjp(_forward, _backward)
 
 def _block_loss(queries, targets, weights, table, bias, num_rows):
     """(summed loss [] of some queries, exp(s − top) [b, N], its sum over the rows [b])."""
-    scores = jnp.einsum("bd,nd->bn", queries, table, preferred_element_type=jnp.float32)
-    if bias is not None:
-        scores = scores + bias[None]
-    if num_rows < table.shape[0]:
-        scores = jnp.where((jnp.arange(table.shape[0]) < num_rows)[None], scores, -jnp.inf)
-    live = weights != 0
-    taken = jnp.take_along_axis(scores, jnp.where(live, targets, 0), axis=1)  # [b, T]
-    top = scores.max(axis=1)
-    shares = jnp.exp(scores - top[:, None])
-    total = shares.sum(axis=1)
-    losses = weights.sum(axis=1) * (top + jnp.log(total)) - jnp.where(live, weights * taken, 0.0).sum(axis=1)
-    return losses.sum(), shares, total
+    shares, top, total, hit = kept_forward(0, (), table, bias, queries, targets, weights, num_rows=num_rows)
+    return (weights.sum(axis=1) * (top + jnp.log(total)) - hit).sum(), shares, total

@@ -19,7 +19,7 @@ import numpy as np
 from kgrec_jax import compilation_cache, pipeline
 from kgrec_jax.config import to_json
 from kgrec_jax.config_expression import config_file
-from kgrec_jax.data.tables import write_tsv
+from kgrec_jax.data.tables import cell, write_tsv
 from kgrec_jax.errors import Interrupted, KgrecError
 from kgrec_jax.metrics import METRICS
 from kgrec_jax.stages import fuse
@@ -228,7 +228,7 @@ def write_results(optuna: Any, study: Any, search: Search, out: pathlib.Path) ->
         return None
 
     def cells(of: Callable[[Any], Any]) -> list[str]:
-        return [_cell(of(trial)) for trial in ended]
+        return ["" if (value := of(trial)) is None else cell(value) for trial in ended]
 
     write_tsv(out / "trials.tsv", {
         "trial": cells(lambda t: t.user_attrs["number"]), "state": cells(lambda t: t.state.name.lower()),
@@ -248,9 +248,3 @@ def write_results(optuna: Any, study: Any, search: Search, out: pathlib.Path) ->
     about = f"The best of {len(ended)} trials of kgrec tune: {search.metric} {best.value:.4f} on the validation part."
     write_text(out / "best.py", config_file(config, about))
     return found
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())

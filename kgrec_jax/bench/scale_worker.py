@@ -70,7 +70,7 @@ def work(settings: dict[str, Any], scratch: pathlib.Path) -> dict[str, Any]:
                                  f"{settings['candidates']:,} drawn items"):
         content = item_features.build_content(data, run, None, "")
         linear = LinearChoice(100, 100, 500.0, 0.0, 500.0, 32, {})
-        fitter = Fitter(tower, experiment.fuse.training, run, content, None, 0.0, linear, False, seed)
+        fitter = Fitter(tower, experiment.fuse.training, run, content, None, 0.0, linear, seed, without=("ease",))
         learned = fitter.tower(fit, scratch / "tower")
     with phases.measure("evaluate", "all items ranked for each user and model"):
         histories = histories_of(fit, *shape, tower.max_history)

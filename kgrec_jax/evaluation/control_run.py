@@ -21,9 +21,9 @@ from kgrec_jax.data import ablation
 from kgrec_jax.data.dataset import Dataset, Split
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear.parts import Part
-from kgrec_jax.models.recommender import FusedModel, Scale, histories_of
+from kgrec_jax.models.recommender import FusedModel, Scale
 from kgrec_jax.stages import fuse, graph, item_features
-from kgrec_jax.stages.fuse_gate import HeldOut, learn_gate
+from kgrec_jax.stages.fuse_gate import learn_gate
 from kgrec_jax.stages.fuse_parts import scale_of
 from kgrec_jax.stages.fuse_rows import profile
 from kgrec_jax.tracking import write_json
@@ -190,8 +190,6 @@ def train_content(control: ControlRun, parts: Mapping[str, Part]) -> FusedModel:
     cfg, split, data, seed = control.experiment.fuse, control.split, control.dataset, control.experiment.seed
     shape = data.num_users, data.num_items
     inner = fuse.inner_cut(split, cfg.gate.inner_share, seed)
-    histories = histories_of(inner.fit, *shape, cfg.tower.max_history)
-    seen = (histories.matrix + split.valid.matrix(*shape)).tocsr() if split.valid_given else histories.matrix
 
     def model(log, gate: Mapping) -> FusedModel:
         matrix = log.matrix(*shape)
@@ -200,7 +198,7 @@ def train_content(control: ControlRun, parts: Mapping[str, Part]) -> FusedModel:
         blind = Scale(scale.user_mean, scale.user_std, float(np.log1p(1.0)), 1.0)
         return FusedModel(parts, None, gate, tuple(parts), warm, blind)
 
-    held = HeldOut(histories, seen, inner.heldout.matrix(*shape), inner.joint)
+    held = fuse.held_out(inner, split, shape, cfg.tower.max_history)
     gate, told = learn_gate(cfg.gate, model(inner.fit, {}), held, control, seed)
     control.finish("fuse", {**told, "names": list(parts)})
     return model(split.fit, gate)

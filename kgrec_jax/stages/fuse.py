@@ -122,6 +122,13 @@ def inner_cut(split: Split, share: float, seed: int) -> Inner:
     return Inner(log.take(~hidden), Interactions.concatenate([valid, log.take(hidden)]), cold, False)
 
 
+def held_out(inner: Inner, split: Split, shape: tuple[int, int], max_history: int) -> HeldOut:
+    """What a gate is learned on by an inner cut; a given validation part is left out of the lists."""
+    histories = histories_of(inner.fit, *shape, max_history)
+    seen = (histories.matrix + split.valid.matrix(*shape)).tocsr() if split.valid_given else histories.matrix
+    return HeldOut(histories, seen, inner.heldout.matrix(*shape), inner.joint)
+
+
 @dataclasses.dataclass(frozen=True)
 class Choices:
     """What was chosen before any part of the score is fitted."""
@@ -204,9 +211,8 @@ def prepare(experiment: Any, run: Any, linear: LinearChoice | None = None) -> tu
     kernel, l2 = None, 0.0
     if choices.content is not None:
         kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
-    with_ease = "ease" not in choices.skipped
-    fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, with_ease, experiment.seed,
-                    cfg.propagator, FurtherRows.of(cfg), tuple(choices.skipped))
+    fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, experiment.seed, cfg.propagator,
+                    FurtherRows.of(cfg), tuple(choices.skipped))
     return fitter, choices
 
 
@@ -292,9 +298,7 @@ def _learn(experiment: Any, run: Any, fitter: Fitter) -> dict:
     shape = data.num_users, data.num_items
     inner = inner_cut(split, cfg.gate.inner_share, seed)
     model, _ = fitter.model(inner.fit, run.stage("fuse") / "tower_inner", {})
-    histories = histories_of(inner.fit, *shape, cfg.tower.max_history)
-    seen = (histories.matrix + split.valid.matrix(*shape)).tocsr() if split.valid_given else histories.matrix
-    held = HeldOut(histories, seen, inner.heldout.matrix(*shape), inner.joint)
+    held = held_out(inner, split, shape, cfg.tower.max_history)
     gate, told = learn_gate(cfg.gate, model, held, run, seed)
     return {"gate": {name: np.asarray(value).tolist() for name, value in gate.items()}, **told}
 

@@ -42,7 +42,6 @@ class Fitter:
     kernel: np.ndarray | None  # [I, I] of the chosen features; None without features or without EASE
     content_l2: float
     linear: LinearChoice
-    with_ease: bool
     seed: int
     propagator: Propagator | None = None
     further: FurtherRows = FurtherRows()
@@ -52,6 +51,11 @@ class Fitter:
     def num_items(self) -> int:
         """I."""
         return self.run.dataset.num_items
+
+    @property
+    def with_ease(self) -> bool:
+        """Whether EASE is fitted; iALS takes its place."""
+        return "ease" not in self.without
 
     def closed_forms(self, log: Interactions, folder: pathlib.Path) -> dict[str, Part]:
         """The parts of behaviour and content, by name, and the rows that `further` asks for.
