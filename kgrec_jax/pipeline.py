@@ -43,12 +43,7 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
             fuse.check_data(experiment.fuse, held.dataset)
         announce(experiment, held)
     for name, stage in (("pretrain", pretrain.run), ("graph", graph.run))[:STAGES.index(until) + 1]:
-        if held.done(name) is None:
-            began = time.monotonic()
-            results = stage(experiment, held)
-            if "skipped" in results:
-                held.tracker.say(f"{name}: skipped: {results['skipped']}")
-            held.finish(name, {**results, "wall_seconds": time.monotonic() - began})
+        held.ensure(name, stage)
     if until == "graph":
         return _report_graph(held, quiet)
     if until != "fuse":

@@ -11,11 +11,14 @@ import pathlib
 import secrets
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of reading a damaged .npz
 _SECONDS_BETWEEN_LINES = 1.0  # of a log file: what is over in a blink needs no lines
 
 
@@ -32,6 +35,14 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     """
     path = pathlib.Path(path)
     write_text(path, json.dumps(to_json(obj), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_npz(path: pathlib.Path, **arrays: Any) -> None:
+    """Writes arrays as .npz so that the file is either the old one or the whole new one; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

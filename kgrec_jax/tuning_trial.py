@@ -12,7 +12,7 @@ from typing import Any
 
 from kgrec_jax import pipeline
 from kgrec_jax.config import Experiment, to_json
-from kgrec_jax.data.dataset import Dataset, Split
+from kgrec_jax.data.dataset import Split
 from kgrec_jax.data.interactions import load_split, make_split, save_split
 from kgrec_jax.data.tuning_split import tuning_split
 from kgrec_jax.evaluation.judge import Judge
@@ -20,7 +20,7 @@ from kgrec_jax.models.recommender import FusedModel, histories_of
 from kgrec_jax.stages import fuse, graph, pretrain
 from kgrec_jax.tracking import Tracker, write_json
 from kgrec_jax.tuning_space import Domain, Value, shared_stages, shares_choices, with_values
-from kgrec_jax.workdir import FORMAT_VERSION, Run
+from kgrec_jax.workdir import FORMAT_VERSION, Run, VariantRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,39 +50,11 @@ class BaseRun(Run):
         return load_split(folder, self.dataset)
 
 
-@dataclasses.dataclass(frozen=True)
-class TrialRun(Run):
-    """One trial: data and split are the base's, and so are the stages in `shared`."""
-
-    base: Run
-    shared: tuple[str, ...]
-
-    @functools.cached_property
-    def dataset(self) -> Dataset:
-        """The base's, read once."""
-        return self.base.dataset
-
-    @functools.cached_property
-    def split(self) -> Split:
-        """The base's."""
-        return self.base.split
-
-    def stage(self, name: str) -> pathlib.Path:
-        """The folder of a stage, the base's where it is shared."""
-        return self.base.stage(name) if name in self.shared else super().stage(name)
-
-    def done(self, name: str) -> dict | None:
-        """What a finished stage reported, the base's where it is shared."""
-        return self.base.done(name) if name in self.shared else super().done(name)
-
-
 def finish_stages(run: Run, names: tuple[str, ...] = ("pretrain", "graph")) -> None:
     """Runs those of the stages before the fusion that are not done."""
     for name, stage in (("pretrain", pretrain.run), ("graph", graph.run)):
-        if name in names and run.done(name) is None:
-            began = time.monotonic()
-            results = stage(run.experiment, run)
-            run.finish(name, {**results, "wall_seconds": time.monotonic() - began})
+        if name in names:
+            run.ensure(name, stage)
 
 
 def run_trial(search: Search, base: BaseRun, folder: pathlib.Path, values: Mapping[str, Value],
@@ -94,7 +66,8 @@ def run_trial(search: Search, base: BaseRun, folder: pathlib.Path, values: Mappi
     experiment = with_values(base.experiment, values)
     pipeline.check(experiment)
     write_json(folder / "experiment.json", {"format_version": FORMAT_VERSION, "config": to_json(experiment)})
-    trial = TrialRun(folder, experiment, Tracker(folder, quiet=True), base, shared_stages(search.space))
+    shared: Mapping[str, Run] = dict.fromkeys(shared_stages(search.space), base)
+    trial = VariantRun(folder, experiment, Tracker(folder, quiet=True), base, shared)
     finish_stages(trial)
     if shares_choices(search.space):
         _take_choices(base, trial)

@@ -7,6 +7,8 @@ import functools
 import json
 import pathlib
 import platform
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kgrec_jax.config import Experiment, to_json
@@ -128,9 +130,44 @@ class Run:
         file = self.path / name / "done.json"
         return read_json(file) if file.is_file() else None
 
+    def ensure(self, name: str, stage: Callable[[Experiment, Run], dict]) -> None:
+        """Runs a stage that is not finished, and marks it with its results and seconds."""
+        if self.done(name) is None:
+            began = time.monotonic()
+            results = stage(self.experiment, self)
+            if "skipped" in results:
+                self.tracker.say(f"{name}: skipped: {results['skipped']}")
+            self.finish(name, {**results, "wall_seconds": time.monotonic() - began})
+
     def finish(self, name: str, results: dict) -> None:
         """Marks a stage as finished."""
         write_json(self.stage(name) / "done.json", {"format_version": FORMAT_VERSION, **results})
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantRun(Run):
+    """A run beside another, with its data and split; the stages in `shared` are those of other runs."""
+
+    base: Run
+    shared: Mapping[str, Run]  # stage -> the run whose stage it is
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The base's, read once."""
+        return self.base.dataset
+
+    @functools.cached_property
+    def split(self) -> Split:
+        """The base's."""
+        return self.base.split
+
+    def stage(self, name: str) -> pathlib.Path:
+        """The folder of a stage, another run's where it is shared."""
+        return self.shared[name].stage(name) if name in self.shared else super().stage(name)
+
+    def done(self, name: str) -> dict | None:
+        """What a finished stage reported, another run's where it is shared."""
+        return self.shared[name].done(name) if name in self.shared else super().done(name)
 
 
 def read_experiment_json(path: pathlib.Path) -> dict:

@@ -123,11 +123,10 @@ def _worth(table: Table, worth: dict[str, float], folder: pathlib.Path) -> np.nd
         raise KgrecError(f"data.behaviours: found {', '.join(worth)} for {folder}, whose {table.path.name} has no "
                          "column behaviour, expected none; leave --data.behaviours away")
     column = table["behaviour"]
-    unknown = [n for n, value in enumerate(column.values) if value not in worth]
+    unknown, row = column.strangers(worth)
     if unknown:
-        row = int(np.argmax(column.codes == unknown[0]))
-        raise KgrecError(f"{table.where(row)}: found the behaviour {column.values[unknown[0]]!r}, expected one of "
-                         f"{', '.join(worth)}; add {column.values[unknown[0]]}=WEIGHT to --data.behaviours")
+        raise KgrecError(f"{table.where(row)}: found the behaviour {unknown[0]!r}, expected one of {', '.join(worth)}; "
+                         f"add {unknown[0]}=WEIGHT to --data.behaviours")
     return np.array([worth[value] for value in column.values], np.float32)[column.codes]
 
 
@@ -136,10 +135,9 @@ def _rows(table: Table, users: dict[str, int], items: dict[str, int], *, closed:
     """The table's rows as they stand; `users`, and `items` unless closed, grow by what is new."""
     user, item = table["user_id"], table["item_id"]
     if closed:
-        unknown = [n for n, value in enumerate(item.values) if value not in items]
+        unknown, row = item.strangers(items)
         if unknown:
-            row = int(np.argmax(item.codes == unknown[0]))
-            raise KgrecError(f"{table.where(row)}: found the item {item.values[unknown[0]]!r} ({len(unknown):,} such "
+            raise KgrecError(f"{table.where(row)}: found the item {unknown[0]!r} ({len(unknown):,} such "
                              f"items), expected an item of the item table; add it there, or remove the item table")
     n = table.num_rows
     return Interactions(_globalise(user, users), _globalise(item, items),

@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,12 @@ class Coded:
     def strings(self) -> list[str]:
         """The column itself."""
         return pa.DictionaryArray.from_arrays(pa.array(self.codes), pa.array(self.values, pa.string())).to_pylist()
+
+    def strangers(self, known: Container[str]) -> tuple[list[str], int]:
+        """(the values that are not known, the first row with the first of them; -1 without any)."""
+        unknown = [n for n, value in enumerate(self.values) if value not in known]
+        row = int(np.argmax(self.codes == unknown[0])) if unknown else -1
+        return [self.values[n] for n in unknown], row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from kgrec_jax.config import Experiment, to_json
 from kgrec_jax.data import ablation
-from kgrec_jax.data.dataset import Dataset, Split
+from kgrec_jax.data.dataset import Dataset
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear.parts import Part
 from kgrec_jax.models.recommender import FusedModel, Scale
@@ -27,7 +27,7 @@ from kgrec_jax.stages.fuse_gate import learn_gate
 from kgrec_jax.stages.fuse_parts import scale_of
 from kgrec_jax.stages.fuse_rows import profile
 from kgrec_jax.tracking import write_json
-from kgrec_jax.workdir import FORMAT_VERSION, Run, differences, read_experiment_json
+from kgrec_jax.workdir import FORMAT_VERSION, Run, VariantRun, differences, read_experiment_json
 
 RUN = "run"  # the run itself under another seed
 CONTENT, POPULARITY = "no-behaviour", "popularity-from-features"
@@ -36,12 +36,10 @@ NAMES = (*TRAINED, CONTENT, POPULARITY)
 
 
 @dataclasses.dataclass(frozen=True)
-class ControlRun(Run):
-    """A variant of a finished run; the stages in `shared` are those of other runs."""
+class ControlRun(VariantRun):
+    """A variant of a finished run. It differs in what is known of the items, never in who touched them."""
 
     name: str
-    base: Run
-    shared: Mapping[str, Run]  # stage -> the run whose stage it is
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -56,23 +54,10 @@ class ControlRun(Run):
         return ablation.with_texts_of(data, self.text_order) if self.name == "shuffled-text" else data
 
     @functools.cached_property
-    def split(self) -> Split:
-        """The run's own: a variant differs in what is known of the items, never in who touched them."""
-        return self.base.split
-
-    @functools.cached_property
     def text_order(self) -> np.ndarray:
         """[I]: the item whose text each item has in `shuffled-text`."""
         warm = np.isin(np.arange(self.base.dataset.num_items), self.split.fit.item)
         return ablation.text_order(warm, self.experiment.seed)
-
-    def stage(self, name: str) -> pathlib.Path:
-        """The folder of a stage, another run's where it is shared."""
-        return self.shared[name].stage(name) if name in self.shared else super().stage(name)
-
-    def done(self, name: str) -> dict | None:
-        """What a finished stage reported, another run's where it is shared."""
-        return self.shared[name].done(name) if name in self.shared else super().done(name)
 
 
 def control_folder(base: Run, name: str, seed: int) -> pathlib.Path:
@@ -106,7 +91,7 @@ def open_control(base: Run, real: Run, name: str, seed: int) -> ControlRun:
     if name in (CONTENT, POPULARITY) or (texts and not reads_text(real)):
         shared["graph"] = real
     path = control_folder(base, name, seed)
-    control = ControlRun(path, experiment, base.tracker.at(path), name, base, shared)
+    control = ControlRun(path, experiment, base.tracker.at(path), base, shared, name)
     held, of, config = path / "experiment.json", fingerprint(base), to_json(experiment)
     if held.is_file():
         before = read_experiment_json(path)
@@ -142,9 +127,7 @@ def train_control(control: ControlRun, real: Run) -> FusedModel:
     if control.done("graph") is None:
         if control.name in ("no-text", "shuffled-text"):
             _take_structure(real, control)
-        began = time.monotonic()
-        results = graph.run(control.experiment, control)
-        control.finish("graph", {**results, "wall_seconds": time.monotonic() - began})
+        control.ensure("graph", graph.run)
     _take_texts(base, control, choices.text_source)
     began = time.monotonic()
     model, _, results = fuse.run(control.experiment, control, choices.linear)

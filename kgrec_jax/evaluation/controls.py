@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +25,7 @@ from kgrec_jax.evaluation.render import HEADLINE
 from kgrec_jax.evaluation.significance import bootstrap_cis, paired_over_seeds
 from kgrec_jax.models.recommender import FusedModel
 from kgrec_jax.stages.item_features import item_texts
-from kgrec_jax.tracking import to_json, write_json
+from kgrec_jax.tracking import NPZ_ERRORS, to_json, write_json, write_npz
 from kgrec_jax.workdir import Run, read_json
 
 NOT_RUN = "not run"
@@ -56,9 +54,7 @@ class Figures:
         """Writes the file, whole or not at all."""
         arrays = {f"{side}/{name}": values for side, of in self.values.items() for name, values in of.items()}
         arrays |= {f"{side}/": rows for side, rows in self.users.items()}
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, seconds=self.seconds, **arrays)
-        temporary.replace(path)
+        write_npz(path, seconds=self.seconds, **arrays)
 
     @staticmethod
     def load(path: pathlib.Path) -> Figures:
@@ -74,7 +70,7 @@ class Figures:
                     elif slash:
                         users[side] = file[key]
                 return Figures(users, values, float(file["seconds"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except NPZ_ERRORS as error:
             reason = str(error).partition("\n")[0]
             raise KgrecError(f"{path}: found a damaged file ({reason}), expected the metrics of a control; remove it "
                              "and run the controls again") from None

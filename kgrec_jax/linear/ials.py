@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import zipfile
 import zlib
 from collections.abc import Callable
 
@@ -23,6 +22,7 @@ import scipy.sparse as sp
 
 from kgrec_jax.linear.least_squares import outer_sum, padded, solve_rows
 from kgrec_jax.linear.parts import FoldIn
+from kgrec_jax.tracking import NPZ_ERRORS, write_npz
 
 START = 0.1  # standard deviation of a factor's length at the start, before the division by √D
 
@@ -65,18 +65,11 @@ def ials(train: sp.csr_matrix, settings: Settings = Settings(), *, seed: int = 0
         items = solve_rows(by_item, users, alpha * outer_sum(users), per_item)
         items.block_until_ready()
         if keep is not None:
-            _write(keep, mark, iteration + 1, np.asarray(items)[:-1])
+            write_npz(keep, mark=mark, done=iteration + 1, items=np.asarray(items)[:-1])
         if advance:
             advance(1)
     shared = np.asarray(alpha * outer_sum(items))
     return FoldIn(np.asarray(items)[:-1].copy(), shared, settings.l2, rest, settings.exponent, touched)
-
-
-def _write(path: pathlib.Path, mark: str, done: int, items: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, mark=mark, done=done, items=items)
-    temporary.replace(path)
 
 
 def _read(path: pathlib.Path | None, mark: str) -> tuple[int, np.ndarray | None]:
@@ -86,5 +79,5 @@ def _read(path: pathlib.Path | None, mark: str) -> tuple[int, np.ndarray | None]
     try:
         with np.load(path, allow_pickle=False) as held:
             return (int(held["done"]), held["items"]) if str(held["mark"]) == mark else (0, None)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except NPZ_ERRORS:
         return 0, None  # a damaged file costs the iterations that it held

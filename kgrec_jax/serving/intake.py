@@ -89,11 +89,7 @@ class Intake:
 
 def _means(content: ItemContent) -> dict[str, np.ndarray]:
     dense = {**({} if content.text is None else {"text": content.text}), **content.media}
-    out = {}
-    for name, vectors in dense.items():
-        present = np.abs(vectors).sum(1) > 0
-        out[name] = vectors[present].mean(0) if present.any() else np.zeros(vectors.shape[1], np.float32)
-    return out
+    return {name: item_features.mean_of_present(vectors) for name, vectors in dense.items()}
 
 
 def _blocks(content: ItemContent, weights: Mapping[str, float]) -> dict[str, Block]:

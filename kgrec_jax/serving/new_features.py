@@ -118,8 +118,7 @@ def block_features(intake: Intake, joined: Joined, links: Neighbours, rows: list
     out: dict[str, Any] = {
         "graph": sp.csr_matrix((intake.link_idf[pairs[:, 1]], (pairs[:, 0], pairs[:, 1])), shape, dtype=np.float32)}
     for name, vectors in dense.items():
-        present = np.abs(vectors).sum(1, keepdims=True) > 0
-        out[name] = np.where(present, vectors - intake.means[name], 0.0).astype(np.float32)
+        out[name] = item_features.centred(vectors, intake.means[name])
     if intake.words is not None:
         out["words"] = intake.words.encode(rows, unit=False)
     return out

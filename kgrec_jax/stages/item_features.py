@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +23,7 @@ from kgrec_jax.models.text_encoder import encode_texts
 from kgrec_jax.pretrained.hf import Encoder
 from kgrec_jax.stages.graph import training_graph
 from kgrec_jax.stages.pretrain import released_encoder
+from kgrec_jax.tracking import NPZ_ERRORS, write_npz
 
 FALLBACK_WIDTH = 128  # of character n-gram vectors, where no encoder knows the language
 RELEASED, NGRAMS = "released encoder", "character n-grams"  # what reads the items, beside "pretrain" and "graph"
@@ -56,14 +55,20 @@ class ItemContent:
         return out | {name: centred(vectors) for name, vectors in self.media.items()}
 
 
-def centred(vectors: np.ndarray) -> np.ndarray:
-    """Vectors less the mean of those that are there; the others stay 0.
+def centred(vectors: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
+    """Vectors less the mean of those that are there, or a given one; the others stay 0.
 
     What all texts share says nothing about any; without this an encoder's common direction would dominate a kernel.
     """
+    mean = mean_of_present(vectors) if mean is None else mean
+    present = np.abs(vectors).sum(1, keepdims=True) > 0
+    return np.where(present, vectors - mean, 0.0).astype(np.float32)
+
+
+def mean_of_present(vectors: np.ndarray) -> np.ndarray:
+    """[d] the mean of the rows that are not 0; 0 without any."""
     present = np.abs(vectors).sum(1) > 0
-    mean = vectors[present].mean(0) if present.any() else np.float32(0.0)
-    return np.where(present[:, None], vectors - mean, 0.0).astype(np.float32)
+    return vectors[present].mean(0) if present.any() else np.zeros(vectors.shape[1], np.float32)
 
 
 def unit_rows(matrix: np.ndarray | sp.csr_matrix) -> np.ndarray | sp.csr_matrix:
@@ -129,9 +134,7 @@ def read_texts(experiment: Any, run: Any, train_matrix: sp.csr_matrix | None,
 
 def save_texts(path: pathlib.Path, vectors: np.ndarray, source: str, compared: Mapping[str, float]) -> None:
     """Keeps text vectors for `read_texts` to find."""
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, vectors=vectors, source=source, compared=json.dumps(compared))
-    temporary.replace(path)
+    write_npz(path, vectors=vectors, source=source, compared=json.dumps(compared))
 
 
 def load_texts(path: pathlib.Path, num_items: int) -> tuple[np.ndarray, str, dict[str, float]]:
@@ -141,7 +144,7 @@ def load_texts(path: pathlib.Path, num_items: int) -> tuple[np.ndarray, str, dic
             vectors, source, compared = file["vectors"], str(file["source"]), json.loads(str(file["compared"]))
         if len(vectors) != num_items:
             raise ValueError(f"{len(vectors):,} vectors for {num_items:,} items")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except NPZ_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise KgrecError(f"{path}: found a damaged file ({reason}), expected the text vectors that the fusion stage "
                          "wrote; remove it and run it again") from None

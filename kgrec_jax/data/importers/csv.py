@@ -242,9 +242,7 @@ def _genres(cell: str) -> tuple[str, ...]:
 
 def _check_known(path: Path, known: set[str], logs: Mapping[str, tuple[Table, Columns]]) -> None:
     for table, log in logs.values():
-        coded = log["item_id"]
-        unknown = [n for n, value in enumerate(coded.values) if value not in known]
+        unknown, row = log["item_id"].strangers(known)
         if unknown:
-            row = int(np.argmax(coded.codes == unknown[0]))
-            raise KgrecError(f"{table.where(row)}: found the item {coded.values[unknown[0]]!r} ({len(unknown):,} such "
+            raise KgrecError(f"{table.where(row)}: found the item {unknown[0]!r} ({len(unknown):,} such "
                              f"items), expected an item of {path.name}; add it there")
