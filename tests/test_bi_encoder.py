@@ -224,6 +224,7 @@ def test_rows_that_no_step_has_encoded_are_no_rivals():
     assert float(loss(batch)) == float(loss(alone))
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_loss_and_gradients():
     model, given = small_model()
     mesh = make_mesh(MeshConfig(data=4, model=2))

@@ -49,6 +49,7 @@ def with_data(cfg, path):
     return dataclasses.replace(cfg, data=FinetuneData(path=str(path)))
 
 
+@pytest.mark.slow
 def test_chinese_news_are_learned_from_nothing(tmp_path):
     """The shipped example, half as long: at least 90 % of held-out sentences (6 classes; 99 % at full length)."""
     cfg = finetune_commands.load("clue_style_zh")
@@ -91,6 +92,7 @@ class Stops:
         return self.source[step]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit_with_rank_allocation(tmp_path, monkeypatch):
     cfg = dataclasses.replace(SMALL, steps=8, peft=PeftConfig(method="adalora", rank=4, target_rank=2, every=2),
                               data=FinetuneData(made="news-zh", made_train=60, made_dev=16))

@@ -235,6 +235,7 @@ def test_every_scorer_lowers_its_loss_and_is_read_again(world, tmp_path, encoder
     assert test["mrr"] == pytest.approx(results["link_prediction"]["test"]["mrr"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_one_device_gives_what_eight_give(world, tmp_path, encoder_folder):
     """Both trainings on the meshes (1, 1) and (4, 2): all entities as rivals, and sampled ones."""
     for rivals, mode in (("all", "lora"), ("sampled", "off")):

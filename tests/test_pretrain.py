@@ -81,6 +81,7 @@ def test_a_run_cut_between_the_trainings_ends_the_same(experiment, finished, tmp
     jax.tree.map(np.testing.assert_array_equal, *(pretrain.stage_encoder(experiment, r).params for r in (run, again)))
 
 
+@pytest.mark.slow
 def test_two_devices_agree_with_one(experiment, finished, tmp_path):
     run, results = finished
     shutil.copytree(run.path / "pretrain" / "head", tmp_path / "pretrain" / "head")

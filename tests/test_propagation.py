@@ -285,6 +285,7 @@ def test_light_gcn_finds_what_others_touched_and_knows_no_cold_item(tmp_path):
     assert left.min() >= 1 and fits[np.arange(120), scores.argmax(axis=1)].mean() > 0.9  # by chance under a fifth
 
 
+@pytest.mark.slow
 def test_goes_on_bit_for_bit_and_is_the_same_on_a_mesh(tmp_path, monkeypatch):
     world, log, _, _ = planted()
     make = dataclasses.replace(propagator("kgat", 8, dropout=0.1), training=dataclasses.replace(
@@ -311,6 +312,7 @@ def test_goes_on_bit_for_bit_and_is_the_same_on_a_mesh(tmp_path, monkeypatch):
 # --- in the fused model -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_is_a_row_and_a_part_of_the_fused_model(tmp_path):
     world = toy_world(num_users=80, num_items=60)
     write_folder(world, tmp_path / "toy")
