@@ -1,6 +1,7 @@
 """Vectors of texts against one text at a time without padding."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from tiny_encoder import make_tiny_encoder
 
 from kgrec_jax import KgrecError
 from kgrec_jax.data.text import coverage, load_tokenizer
-from kgrec_jax.models import encoders
+from kgrec_jax.models import encoders, text_encoder
 from kgrec_jax.models.encoder_config import BertConfig, GptConfig
 from kgrec_jax.models.text_encoder import encode_texts
 from kgrec_jax.pretrained import load_encoder
@@ -95,3 +96,37 @@ def test_neither_batch_size_nor_mesh_matters(tiny):
     mesh = make_mesh(MeshConfig(data=4, model=2))
     np.testing.assert_allclose(encode(max_length=16, batch_size=3, mesh=mesh), one, rtol=0, atol=1e-6)
     assert encode_texts(encoder, encoder.params, tokenizer, []).shape == (0, 48)
+
+
+@pytest.mark.parametrize("longest", [12, 40, 128, 256])
+def test_padded_lengths_cost_the_least_of_all_ladders(longest, monkeypatch):
+    monkeypatch.setattr(text_encoder, "SHAPE_PRICE", 300)
+    powers = {16 << k for k in range(16) if 16 << k < longest} | {longest}
+    every = sorted({*range(16, longest, 16), *powers})
+    rng = np.random.default_rng(longest)
+    lengths = np.minimum(rng.geometric(1 / 50, 60), longest)
+    total = lambda ladder: sum(ladder[np.searchsorted(ladder, n)] for n in lengths)  # noqa: E731
+    price = lambda ladder: 300 * len(set(ladder) - powers)  # noqa: E731
+    found = text_encoder.padded_lengths(lengths, longest)
+    extra = [rung for rung in every if rung not in powers]
+    ladders = [sorted(powers | set(more)) for k in range(4) for more in itertools.combinations(extra, k)]
+    assert sorted(found) == found and set(found) <= set(every) and found[-1] >= lengths.max()
+    assert total(found) + price(found) <= min(total(ladder) + price(ladder) for ladder in ladders)
+    assert text_encoder.padded_lengths(lengths[:0], longest) == []
+    if longest == 256:
+        assert set(found) - powers  # sixty texts of some fifty tokens are worth another length at this price
+
+
+def test_long_texts_are_fewer_in_a_step(tiny, monkeypatch):
+    encoder, tokenizer = tiny
+    monkeypatch.setattr(text_encoder, "FULL_LENGTH", 16)
+    shapes = []
+    real = text_encoder.encode_batch
+    monkeypatch.setattr(text_encoder, "encode_batch",
+                        lambda *args, **kw: shapes.append(args[3].shape) or real(*args, **kw))
+    texts = ["red fox " * 30] * 5 + ["red fox"] * 5
+    found = encode_texts(encoder, encoder.params, tokenizer, texts, max_length=40, batch_size=4)
+    assert shapes == [(1, 40)] * 5 + [(4, 16)] * 2 and np.abs(found).sum(1).all()
+    np.testing.assert_allclose(found[4], found[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[5:], found[5:6].repeat(5, 0), rtol=0, atol=1e-6)
+    assert encoder.config.max_position_embeddings == 40

@@ -7,6 +7,8 @@ et al. 2019) and DistilBERT (Sanh et al. 2019) are the same function with anothe
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.encoder_config import ACTIVATIONS, BertConfig
-from kgrec_jax.models.layers import Dense, Dropout, heads_first, heads_last
+from kgrec_jax.models.layers import Dense, Dropout, attend, heads_first, heads_last
 
 # Tensor parallelism over "model"; the vocabulary stays whole because 30522 rows divide by no useful axis.
 BERT_RULES = (
@@ -115,10 +117,9 @@ class SelfAttention(nn.Module):
             return heads_first(_dense(cfg, cfg.hidden_size, self.dtype, name)(hidden), heads)
 
         query, key, value = project("query"), project("key"), project("value")  # [B, heads, L, dim]
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key) / jnp.sqrt(dim).astype(self.dtype)
-        weights = jax.nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(self.dtype)
-        weights = Dropout(cfg.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return heads_last(jnp.einsum("bhqk,bhkd->bhqd", weights, value))  # [B, L, D]
+        scale = 1.0 / jnp.sqrt(jnp.float32(dim))
+        drop = functools.partial(Dropout(cfg.attention_probs_dropout_prob), deterministic=deterministic)
+        return heads_last(attend(query, key, value, scale, bias, drop))  # [B, L, D]
 
 
 class Output(nn.Module):

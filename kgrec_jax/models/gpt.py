@@ -7,6 +7,8 @@ sequence has position embedding k; padding is on the right.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from kgrec_jax.models.bert import LayerNorm, check_call, replace_words
 from kgrec_jax.models.encoder_config import ACTIVATIONS, GptConfig
-from kgrec_jax.models.layers import Dense, Dropout, heads_first, heads_last
+from kgrec_jax.models.layers import Dense, Dropout, attend, heads_first, heads_last
 
 # Tensor parallelism over "model" in the feed-forward halves; c_attn stays whole, because equal shares of its columns
 # would not be equal shares of the heads' queries, keys and values.
@@ -49,14 +51,13 @@ class Attention(nn.Module):
         heads, dim = cfg.num_attention_heads, cfg.hidden_size // cfg.num_attention_heads
         joined = _dense(cfg, 3 * cfg.hidden_size, self.dtype, "c_attn")(hidden)
         query, key, value = (heads_first(part, heads) for part in jnp.split(joined, 3, axis=-1))
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+        scale = jnp.float32(1.0)
         if cfg.scale_attn_weights:
-            scores = scores / jnp.sqrt(jnp.float32(dim))
+            scale = scale / jnp.sqrt(jnp.float32(dim))
         if cfg.scale_attn_by_inverse_layer_idx:
-            scores = scores / jnp.float32(self.layer + 1)
-        weights = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
-        weights = Dropout(cfg.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        context = heads_last(jnp.einsum("bhqk,bhkd->bhqd", weights, value))  # [B, L, D]
+            scale = scale / jnp.float32(self.layer + 1)
+        drop = functools.partial(Dropout(cfg.attention_probs_dropout_prob), deterministic=deterministic)
+        context = heads_last(attend(query, key, value, scale, bias, drop))  # [B, L, D]
         out = _dense(cfg, cfg.hidden_size, self.dtype, "c_proj", _residual_share(cfg))(context)
         return Dropout(cfg.hidden_dropout_prob)(out, deterministic=deterministic)
 
