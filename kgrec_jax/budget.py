@@ -181,12 +181,23 @@ def _fuse(cfg: fuse.Config, dataset: Dataset, reader: _Reader, tokenizer: Tokeni
         compared = min(tokens, COMPARED_TOKENS) * _CANDIDATES if cfg.text_encoder == "choose" else 0.0
         words.append(f"{tokens:,.0f} tokens of item texts")
         seconds += (tokens + compared) * reader.slower / _TOKENS_PER_SECOND
+    if tokens and cfg.encoder != "frozen":  # an upper bound: padded to the longest text, which may be shorter
+        passes = 2 if cfg.mlm_weight else 1  # of the texts, and of the same with hidden tokens
+        learned = passes * steps * min(cfg.encoder_items, items) * cfg.text_length
+        words.append(f"encoder ({cfg.encoder}): 2 × {steps:,} of {min(cfg.encoder_items, items):,} texts × at most "
+                     f"{cfg.text_length} tokens")
+        seconds += 2 * (4.0 * reader.weights * learned / graph.ENCODER_FLOPS + tokens * reader.slower
+                        / _TOKENS_PER_SECOND)
+    for name, files in dataset.raw_media.items() if cfg.media.mode != "off" else ():
+        learned = cfg.media.num_steps(len(files.rows))
+        words.append(f"media {name}: {cfg.media.folds} × {learned:,} of {cfg.media.batch} {files.kind}s")
+        seconds += cfg.media.folds * (3.0 + learned * cfg.media.step_flops(files.kind) / _TOWER_FLOPS)
     reason = skip_reason(items)
     if reason:
         words.append(f"no EASE: {reason}")
     else:
         inverse = 2.0 * float(items) ** 3 / _FLOPS
-        kernels = _KERNELS if tokens or len(dataset.graph.triples) or dataset.media else 0
+        kernels = _KERNELS if tokens or len(dataset.graph.triples) or dataset.media or dataset.raw_media else 0
         words.append(f"closed forms of {items:,} × {items:,}")
         seconds += inverse * (_INVERSES + kernels)
     return Budget("; ".join(words), seconds)

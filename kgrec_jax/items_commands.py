@@ -103,10 +103,11 @@ def _add_parser() -> argparse.ArgumentParser:
   kgrec items add runs/quickstart new-films/items.tsv --out runs/with-new-films
 
 FOLDER is a dataset folder (see kgrec data --help) with the new items alone: items.tsv, and where there are any
-triples.tsv (or graph.ttl) that links them to entities of the run's graph by id, and media/NAME.npy. Nobody has touched
-them yet, so they are recommended and explained like any cold item, and found by --query and as a --history. Idf, means
-and scales stay those of the run; triples with an entity or relation that the run does not know are counted and left
-out. Users' interactions with the new items are learned from by a new run alone.
+triples.tsv (or graph.ttl) that links them to entities of the run's graph by id, media/NAME.npy, and raw files in
+media/NAME/ where the run has learned from such. Nobody has touched them yet, so they are recommended and explained
+like any cold item, and found by --query and as a --history. Idf, means and scales stay those of the run; triples with
+an entity or relation that the run does not know are counted and left out. Users' interactions with the new items are
+learned from by a new run alone.
 
 The recommender of RUN is replaced once the new one is complete (--out: it stays, and OUT gets the new one), and
 added.tsv beside it says what was added from where. kgrec evaluate RUN writes the recommender without the additions.""")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from kgrec_jax.budget import announce, local_folder, render, stage_budgets
 from kgrec_jax.config import Experiment, load_config
 from kgrec_jax.data.dataset import Interactions
 from kgrec_jax.data.folder import DataConfig, write_folder
+from kgrec_jax.data.media_files import MediaFiles
 from kgrec_jax.data.text import load_tokenizer
 from kgrec_jax.data.toy import toy_world
 from kgrec_jax.pretrained.hf import load_encoder
 from kgrec_jax.stages import fuse, graph, graph_bi_encoder, pretrain
+from kgrec_jax.stages.fuse_media import MediaConfig
 from kgrec_jax.tracking import write_json
 from kgrec_jax.workdir import Run
 
@@ -98,6 +101,16 @@ def test_what_is_chosen_beside_the_usual_is_counted(world):
     assert "+ 70 of 128 queries and answers" in found["graph"].steps and found["graph"].steps.endswith("+ rules")
     assert "2 × 80 of kgin" in found["fuse"].steps
     assert all(found[name].seconds > usual[name].seconds for name in ("graph", "fuse"))
+
+
+def test_towers_on_files_are_counted(world):
+    usual = stage_budgets(Experiment(), world)["fuse"]
+    for kind, other in (("image", "sound"), ("sound", "image")):
+        data = dataclasses.replace(world, raw_media={"poster": MediaFiles(kind, (pathlib.Path("x"),) * 60)})
+        found = stage_budgets(Experiment(fuse=fuse.Config(media=MediaConfig(folds=2, steps=90))), data)["fuse"]
+        assert f"media poster: 2 × 90 of 64 {kind}s" in found.steps and found.seconds > usual.seconds
+        off = stage_budgets(Experiment(fuse=fuse.Config(media=MediaConfig(mode="off"))), data)["fuse"]
+        assert "media" not in off.steps and other not in found.steps
 
 
 def test_a_larger_encoder_takes_longer(world, tmp_path):

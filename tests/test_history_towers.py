@@ -268,10 +268,10 @@ def test_ratings_are_asked_for_where_there_are_none():
     cfg = fuse.Config(tower=TowerConfig(rating_weight="linear"))
     log = types.SimpleNamespace(rating=np.array([1.0, -2.0]))
     with pytest.raises(KgrecError, match="fuse.tower.rating_weight: found linear for x, whose log has no column"):
-        fuse.check_data(cfg, types.SimpleNamespace(name="x", has_ratings=False, interactions=log))
+        fuse.check_data(cfg, types.SimpleNamespace(name="x", has_ratings=False, interactions=log, raw_media={}))
     with pytest.raises(KgrecError, match="has the rating -2"):
-        fuse.check_data(cfg, types.SimpleNamespace(name="x", has_ratings=True, interactions=log))
-    fuse.check_data(fuse.Config(), types.SimpleNamespace(name="x", has_ratings=False, interactions=log))
+        fuse.check_data(cfg, types.SimpleNamespace(name="x", has_ratings=True, interactions=log, raw_media={}))
+    fuse.check_data(fuse.Config(), types.SimpleNamespace(name="x", has_ratings=False, interactions=log, raw_media={}))
 
 
 def test_towers_from_before_the_fields_are_read(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from kgrec_jax.data.dataset import Dataset, Split
 from kgrec_jax.data.folder import DataConfig
-from kgrec_jax.data.importers.auto import read_dataset
+from kgrec_jax.data.importers.auto import read_dataset, split_config
 from kgrec_jax.data.interactions import make_split
 from kgrec_jax.data.text import Coverage, coverage, load_tokenizer, present_texts
 
@@ -36,6 +36,7 @@ class FolderReport:
     items_without_text: int
     coverage: Coverage | None  # of the tokenizer on the texts; None without a tokenizer or texts
     media: Mapping[str, int]  # name -> items with a vector
+    raw_media: Mapping[str, tuple[str, int, int]]  # name -> (kind, items with a file, of these without history)
     split: str  # kind, "" without interactions
     parts: tuple[int, int, int]  # interactions to train, validate and test on
     unseen_items: int  # candidates that the fit part never shows
@@ -64,6 +65,9 @@ class FolderReport:
             lines.append(f"tokenizer     {self.coverage.unk_share:.1%} [UNK], {self.coverage.tokens_per_word:.2f} "
                          "tokens a word")
         lines += [f"media         {name}: vectors of {self._of_items(count)}" for name, count in self.media.items()]
+        lines += [f"media         {name}: {kind} files of {self._of_items(count)}, of {cold:,} of the "
+                  f"{self.items_without_history:,} without history"
+                  for name, (kind, count, cold) in self.raw_media.items()]
         if self.minutes:
             stages = ", ".join(f"{stage} {t:.1f}" if t else f"{stage} skipped" for stage, t in self.minutes.items())
             lines.append(f"minutes       {stages}; {sum(self.minutes.values()):.1f} in all (estimate)")
@@ -109,8 +113,9 @@ def check_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig(), token
     `tokenizer` is an encoder's folder, `budgets` tells the seconds that each stage is expected to take on a data set,
     `say` gets what fetching and importing have to say.
     """
-    dataset = read_dataset(dataclasses.replace(cfg, path=str(path)), say)
-    split = make_split(dataset, cfg.split) if len(dataset.interactions) else None
+    cfg = dataclasses.replace(cfg, path=str(path))
+    dataset = read_dataset(cfg, say)
+    split = make_split(dataset, split_config(cfg)) if len(dataset.interactions) else None
     found = _coverage(dataset, tokenizer) if tokenizer else None
     minutes = estimate_minutes(dataset, budgets(dataset)) if budgets else {}
     return _report(dataset, split, found, minutes)
@@ -151,6 +156,8 @@ def _report(dataset: Dataset, split: Split | None, found: Coverage | None,
         unnamed_entities=sum(not name for name in graph.entity_names[num_items:]),
         items_without_text=int((~present_texts(dataset.item_texts)).sum()), coverage=found,
         media={name: int(present.sum()) for name, (_, present) in dataset.media.items()},
+        raw_media={name: (files.kind, len(files.rows), int((per_item[files.rows] == 0).sum()))
+                   for name, files in dataset.raw_media.items()},
         split=split.kind if split else "",
         parts=(len(split.train), len(split.valid), len(split.test)) if split else (0, 0, 0),
         unseen_items=int((~seen).sum()), minutes=minutes, notes=dataset.notes)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import scipy.sparse as sp
 
+from kgrec_jax.data.media_files import MediaFiles
+
 
 @dataclasses.dataclass(frozen=True)
 class Interactions:
@@ -90,6 +92,7 @@ class Dataset:
     graph: Graph
     media: Mapping[str, tuple[np.ndarray, np.ndarray]]  # name -> ([I, d] float32, present [I] bool)
     notes: tuple[str, ...] = ()  # counted warnings of the reader, one line each
+    raw_media: Mapping[str, MediaFiles] = dataclasses.field(default_factory=dict)  # name -> files of images or sounds
 
     @property
     def num_users(self) -> int:
@@ -114,6 +117,8 @@ class Dataset:
         for name in sorted(self.media):
             digest.update(name.encode())
             arrays += list(self.media[name])
+        for name in sorted(self.raw_media):
+            digest.update(f"raw {name} {self.raw_media[name].digest}".encode())
         for array in arrays:
             digest.update(str((array.shape, array.dtype.str)).encode())
             digest.update(np.ascontiguousarray(array).tobytes())

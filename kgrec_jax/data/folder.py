@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from kgrec_jax.data.dataset import Dataset, Interactions
 from kgrec_jax.data.interactions import SplitConfig
 from kgrec_jax.data.log import PARTS, log_files, read_log
-from kgrec_jax.data.media import read_media
+from kgrec_jax.data.media import check_names, read_media
+from kgrec_jax.data.media_files import find_media_files, write_media_files
 from kgrec_jax.data.rdf import rdf_files
 from kgrec_jax.data.rdf_terms import format_of
 from kgrec_jax.data.tables import SUFFIXES, Coded, Table, find_table, read_table, write_tsv
@@ -28,7 +30,7 @@ _STEMS = ("interactions", *PARTS, "items", "users", "entities", "relations", "tr
 class DataConfig:
     """Where the data are and how they are read."""
 
-    path: str = ""  # the dataset folder
+    path: str = ""  # the dataset folder; $NAME is a variable of the environment
     name: str = ""  # what to call the data set; "" takes the folder's name
     languages: tuple[str, ...] = ("en",)  # of names and texts in an RDF graph, in order of preference
     text_columns: tuple[str, ...] = ()  # columns of items.tsv that make an item's text, in order; none: all but the ids
@@ -46,6 +48,15 @@ class _Items:
     entities: list[str]
     names: list[str]
     texts: list[str]
+
+
+def expanded(path: str) -> pathlib.Path:
+    """A path with ~ and $NAME or ${NAME} replaced; KgrecError naming a variable that is not set."""
+    unset = [name for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", path) if not os.environ.get(name)]
+    if unset and not pathlib.Path(path).expanduser().exists():  # a name may have a dollar sign of its own
+        raise KgrecError(f"data.path: found {path}, but {unset[0]} is not set, expected a variable of the environment; "
+                         f"export {unset[0]}=FOLDER, or give --data.path")
+    return pathlib.Path(os.path.expandvars(path)).expanduser()
 
 
 def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dataset:
@@ -78,11 +89,14 @@ def read_folder(path: pathlib.Path | str, cfg: DataConfig = DataConfig()) -> Dat
     empty = sum(not text for text in texts) if items.ids is not None else 0
     table = find_table(folder, "items")
     item_notes = [f"{table.name}: {empty:,} of {len(texts):,} items have no text"] if table and empty else []
-    media = read_media(folder, {item: row for row, item in enumerate(item_ids)})
-    notes = (*item_notes, *user_notes, *log.notes, *graph_notes, *_rdf_notes(folder), *_stray_notes(folder))
+    rows = {item: row for row, item in enumerate(item_ids)}
+    media, (raw, media_notes) = read_media(folder, rows), find_media_files(folder, rows)
+    check_names(folder, media, raw)
+    notes = (*item_notes, *user_notes, *log.notes, *graph_notes, *media_notes, *_rdf_notes(folder),
+             *_stray_notes(folder))
     return Dataset(cfg.name or folder.resolve().name, log.user_ids, tuple(item_ids), tuple(item_names), tuple(texts),
                    log.interactions, log.part, log.has_fixed_split, log.has_fixed_valid, log.has_timestamps,
-                   log.has_ratings, graph, media, notes)
+                   log.has_ratings, graph, media, notes, raw)
 
 
 def _read_items(folder: pathlib.Path, text_columns: tuple[str, ...]) -> _Items:
@@ -173,6 +187,7 @@ def write_folder(dataset: Dataset, path: pathlib.Path | str) -> None:
             write_interactions(folder / "interactions.tsv", dataset, dataset.interactions)
         _write_graph(dataset, folder)
         _write_media(dataset, folder)
+        write_media_files(dataset.raw_media, dataset.item_ids, folder)
         os.replace(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

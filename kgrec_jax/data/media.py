@@ -1,14 +1,31 @@
-"""Precomputed vectors of items: media/NAME.npy [n, d] with one item id a line in media/NAME.ids.txt."""
+"""Precomputed vectors of items: media/NAME.npy [n, d] with one item id a line in media/NAME.ids.txt.
+
+Raw files in media/NAME/ (`media_files`) become vectors of that name in the fusion stage.
+"""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from kgrec_jax.data.lines import read_lines
 from kgrec_jax.errors import KgrecError
+
+RESERVED = ("text", "words", "graph", "id")  # names of the other parts of an item's features
+
+
+def check_names(folder: pathlib.Path, vectors: Iterable[str], raw: Iterable[str]) -> None:
+    """KgrecError where two features of the items would have one name."""
+    taken = next((name for name in (*vectors, *raw) if name in RESERVED), None)
+    if taken is not None:
+        raise KgrecError(f"{folder / 'media'}: found the name {taken!r}, which is that of another feature, expected "
+                         f"any but {', '.join(RESERVED)}; rename it")
+    twice = next((name for name in raw if name in set(vectors)), None)
+    if twice is not None:
+        raise KgrecError(f"{folder / 'media'}: found {twice}.npy and the folder {twice}/, expected a name of its own "
+                         "for each; rename one of them")
 
 
 def read_ids(path: pathlib.Path) -> list[str]:

@@ -171,7 +171,7 @@ def _skipped(base: Run, given: Mapping[str, RankingResult]) -> dict[str, str]:
         out |= dict.fromkeys(("no-graph", "random-graph"), "the data set has no triples")
     if not has_text:
         out |= dict.fromkeys(("no-text", "shuffled-text"), "no item has a text or a name")
-    if not (len(data.graph.triples) or has_text or data.media):
+    if not (len(data.graph.triples) or has_text or data.media or data.raw_media):
         out[CONTENT] = "nothing is known of the items beside who touched them"
     if POPULARITY not in given:
         ease = (base.done("fuse") or {}).get("skipped", {}).get("ease", "")

@@ -52,6 +52,14 @@ def histories_of(log: Interactions, num_users: int, num_items: int, max_history:
 
 
 @dataclasses.dataclass(frozen=True)
+class TunedTexts:
+    """What an encoder that learned inside the towers leaves; a recommender keeps both in its query index."""
+
+    vectors: np.ndarray  # [I, d] unit vectors of the items' texts, 0 where there is none
+    weights: Mapping  # {embeddings, encoder} that made them
+
+
+@dataclasses.dataclass(frozen=True)
 class TowerPart:
     """The learned towers after training: item vectors are computed once, users by their histories."""
 
@@ -60,6 +68,7 @@ class TowerPart:
     item_vectors: np.ndarray  # [I, D] unit length
     item_parts: Mapping[str, np.ndarray]  # {part: [I, D]}, adding up to the item's vector
     known: np.ndarray  # [I] bool
+    tuned: TunedTexts | None = None  # None where the encoder did not learn along
 
     def user_vectors(self, sequence: np.ndarray) -> np.ndarray:
         """[b, D] for histories [b, H]."""

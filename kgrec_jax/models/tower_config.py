@@ -25,6 +25,8 @@ class TowerConfig:
     width: int = 64  # D of item and user vectors
     # how a history becomes a user's vector
     history: Literal["mean", "attention", "transformer", "gru", "bilstm", "sasrec", "bert4rec"] = "attention"
+    # how an item's parts become its vector: added, by attention over them, or by an MLP over their concatenation
+    fusion: Literal["sum", "attention", "concat-mlp"] = "sum"
     # what is learned; auto: next-item for gru and sasrec, cloze for bilstm and bert4rec, hidden-share for the others
     objective: Literal["auto", "hidden-share", "next-item", "cloze"] = "auto"
     layers: int = 1  # of transformer, gru, bilstm, sasrec and bert4rec

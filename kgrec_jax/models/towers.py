@@ -1,9 +1,9 @@
 """Towers: item vectors from text, graph, media and a free row, and user vectors from histories of them.
 
-An item's vector is a sum of its parts, so the score of a user's vector against it is a sum over the same parts and a
-recommendation decomposes into them exactly. Parts that an item lacks are masked out; in training whole parts are
-dropped at random, the free row above all, which is what makes the others carry a cold item (DropoutNet; Volkovs et al.
-2017).
+An item's vector is a sum of its parts (weighed or bent by `PartFusion` where the config says so), so the score of a
+user's vector against it is a sum over the same parts and a recommendation decomposes into them exactly. Parts that an
+item lacks are masked out; in training whole parts are dropped at random, the free row above all, which is what makes
+the others carry a cold item (DropoutNet; Volkovs et al. 2017).
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ import jax.numpy as jnp
 
 from kgrec_jax.data.history_batches import MASKED
 from kgrec_jax.models.history_towers import HistoryTower, SequenceTower
+from kgrec_jax.models.part_fusion import PartFusion
 from kgrec_jax.models.tower_config import BIDIRECTIONAL, POOLED, TowerConfig
 
 FREE = "id"  # the name of the part that is a free row of its own, known for warm items alone
+
+# name -> (places [E] int32 among the rows that are computed, vectors [E, d]): they stand for those of the table, with
+# their gradients; a place beyond the rows is none.
+Fresh = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +113,8 @@ def _unit(rows: jax.Array) -> jax.Array:
 class ItemTower(nn.Module):
     """Features -> {part: [I, D]}; the item's vector is the sum of the parts that are present.
 
-    Of some rows alone, {part: [R, D]}, where they are given; -1 is no row and has no part.
+    Of some rows alone, {part: [R, D]}, where they are given; -1 is no row and has no part. `fresh`: vectors that were
+    made in the step itself.
     """
 
     cfg: TowerConfig
@@ -116,20 +122,25 @@ class ItemTower(nn.Module):
     edges: RowEdges | None = None  # needed where rows are given and the features have edges
 
     @nn.compact
-    def __call__(self, features: ItemFeatures, deterministic: bool = True,
-                 rows: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(self, features: ItemFeatures, deterministic: bool = True, rows: jax.Array | None = None,
+                 fresh: Fresh | None = None) -> dict[str, jax.Array]:
         def of_rows(table: jax.Array) -> jax.Array:
             return table if rows is None else jnp.take(table, jnp.maximum(rows, 0), axis=0)
 
         parts = {}
         for name in sorted(features.vectors):
-            hidden = nn.Dense(self.cfg.width, name=f"{name}_in")(of_rows(features.vectors[name]))  # [I, D]
+            given = of_rows(features.vectors[name])  # [I, d]
+            if fresh and name in fresh:
+                place, made = fresh[name]
+                given = given.at[place].set(made, mode="drop")
+            hidden = nn.Dense(self.cfg.width, name=f"{name}_in")(given)  # [I, D]
             bent = nn.gelu(hidden, approximate=True)
             parts[name] = nn.Dense(self.cfg.width, use_bias=False, name=f"{name}_out")(bent) + hidden
         if features.head.shape[0]:
             parts["graph"] = GraphTower(self.cfg.width, name="graph")(features, self.num_items, rows, self.edges)
         free = self.param("item_embeddings", nn.initializers.normal(0.1), (self.num_items, self.cfg.width))
         parts[FREE] = of_rows(free)
+        present = {}
         for name, vectors in parts.items():
             keep = of_rows(features.present[name])  # [I]
             if rows is not None:
@@ -137,8 +148,10 @@ class ItemTower(nn.Module):
             if not deterministic:
                 rate = self.cfg.free_dropout if name == FREE else self.cfg.part_dropout
                 keep &= jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, keep.shape)
-            parts[name] = jnp.where(keep[:, None], vectors, 0.0)
-        return parts
+            parts[name], present[name] = jnp.where(keep[:, None], vectors, 0.0), keep
+        if self.cfg.fusion == "sum":
+            return parts
+        return PartFusion(self.cfg.fusion, self.cfg.width, name="fusion")(parts, present)
 
 
 class Towers(nn.Module):
@@ -154,21 +167,21 @@ class Towers(nn.Module):
         self.log_scale = self.param("log_scale", nn.initializers.constant(-jnp.log(self.cfg.temperature)), ())
 
     def __call__(self, features: ItemFeatures, history: jax.Array, deterministic: bool = True,
-                 rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+                 rows: jax.Array | None = None, fresh: Fresh | None = None) -> tuple[jax.Array, jax.Array]:
         """(user vectors [B, D] scaled for the softmax, item vectors [I, D] of unit length); history [B, H], -1: none.
 
         With rows [R] of the item table, those alone are computed: item vectors [R, D], and histories of places in them.
         """
-        vectors = self.item_vectors(features, deterministic, rows)
+        vectors = self.item_vectors(features, deterministic, rows, fresh)
         return self.user_vectors(vectors, history, deterministic), vectors
 
     def at_places(self, features: ItemFeatures, history: jax.Array, place: jax.Array, deterministic: bool = True,
-                  rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+                  rows: jax.Array | None = None, fresh: Fresh | None = None) -> tuple[jax.Array, jax.Array]:
         """The same with a vector for each of the places [B, T] of a history: (user vectors [B, T, D], item vectors).
 
         For encoders with a state at each position. MASKED in a history is an item that is not shown.
         """
-        vectors = self.item_vectors(features, deterministic, rows)
+        vectors = self.item_vectors(features, deterministic, rows, fresh)
         states = self._states(vectors, history, deterministic)
         return self._scaled(jnp.take_along_axis(states, place[..., None], axis=1)), vectors
 
@@ -178,10 +191,10 @@ class Towers(nn.Module):
         length = jnp.linalg.norm(sum(parts.values()), axis=-1, keepdims=True)
         return {name: part / jnp.maximum(length, 1e-6) for name, part in parts.items()}
 
-    def item_vectors(self, features: ItemFeatures, deterministic: bool = True,
-                     rows: jax.Array | None = None) -> jax.Array:
+    def item_vectors(self, features: ItemFeatures, deterministic: bool = True, rows: jax.Array | None = None,
+                     fresh: Fresh | None = None) -> jax.Array:
         """[I, D] of unit length, or [R, D] of some rows; 0 for an item without any part."""
-        total = sum(self.items(features, deterministic, rows).values())
+        total = sum(self.items(features, deterministic, rows, fresh).values())
         return total / jnp.sqrt(jnp.maximum(jnp.square(total).sum(-1, keepdims=True), 1e-12))
 
     def user_vectors(self, item_vectors: jax.Array, history: jax.Array, deterministic: bool = True) -> jax.Array:

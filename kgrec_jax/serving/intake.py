@@ -17,7 +17,8 @@ import scipy.sparse as sp
 from kgrec_jax.data import text as texts
 from kgrec_jax.data.graph import link_indicators, link_terms, merge_inverse_relations
 from kgrec_jax.data.text import TfidfWords
-from kgrec_jax.stages import item_features
+from kgrec_jax.models.media_towers import TrainedMedia
+from kgrec_jax.stages import fuse_media, item_features
 from kgrec_jax.stages.item_features import ItemContent
 
 JOURNAL = "added.tsv"  # beside the recommender: the items that joined, and from where
@@ -56,17 +57,21 @@ class Intake:
     entity: np.ndarray | None  # [N, De] table V of the graph stage; None without one
     relation: np.ndarray | None  # [2R, De] table U
     turned: Mapping[str, str]  # id of a relation that was merged away -> id of the one that has its triples, reversed
+    towers: Mapping[str, TrainedMedia] = dataclasses.field(default_factory=dict)  # of raw images and sounds, by name
 
     @staticmethod
-    def of(run: Any) -> Intake | None:
-        """That of a run whose fusion stage is finished; None where it left no choices."""
+    def of(run: Any, tuned: np.ndarray | None = None) -> Intake | None:
+        """That of a run whose fusion stage is finished; None where it left no choices.
+
+        `tuned`: [I, d] text vectors of an encoder that learned inside fusion.
+        """
         held = run.path / "fuse" / "choices.json"
         if not held.is_file():
             return None
         chosen = json.loads(held.read_text(encoding="utf-8"))["content"]
         kept, data, cfg = run.path / "fuse" / "text.npz", run.dataset, run.experiment.data
         vectors, source, _ = item_features.load_texts(kept, data.num_items) if kept.is_file() else (None, "", {})
-        content = item_features.build_content(data, run, vectors, source)
+        content = item_features.build_content(data, run, vectors if tuned is None else tuned, source)
         words = None
         if content.words is not None:
             words = texts.fit_tfidf_words(item_features.item_texts(data), texts.MIN_TEXTS, texts.MAX_WORDS)
@@ -75,7 +80,7 @@ class Intake:
             entities, idf = link_terms(link_indicators(content.graph, data.num_items))
         return Intake(cfg.text_columns, cfg.languages, _means(content), words, entities.astype(np.int32), idf,
                       _blocks(content, {} if chosen is None else chosen["weights"]), content.entity, content.relation,
-                      dict(merge_inverse_relations(data.graph)[1].turned))
+                      dict(merge_inverse_relations(data.graph)[1].turned), fuse_media.trained_media(data, run))
 
     def kernel(self, features: Mapping[str, sp.csr_matrix | np.ndarray]) -> np.ndarray:
         """[n, I] float32: the ridge's kernel of new items, given by their blocks [n, F], with the old ones."""

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from kgrec_jax.data.dataset import Dataset
 from kgrec_jax.data.graph import Neighbours, edges
+from kgrec_jax.data.media_read import decoded
 from kgrec_jax.data.text import TfidfSvd
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.recommender import TowerPart
@@ -23,6 +24,7 @@ from kgrec_jax.serving.resize import with_rows
 from kgrec_jax.stages import item_features
 
 Say = Callable[[str], None]
+_AT_ONCE = 256  # files that are in memory together
 _FITTED = 3_000  # items on which the map from neighbours to rows is fitted
 
 
@@ -41,20 +43,47 @@ def read_vectors(index: QueryIndex | None, intake: Intake, rows: list[str], say:
 
 
 def media_vectors(intake: Intake, new: Dataset, say: Say) -> dict[str, np.ndarray]:
-    """name -> [n, d] vectors, 0 where there is none, of the media that the run knows."""
+    """name -> [n, d] vectors, 0 where there is none, of the media that the run knows.
+
+    Raw files become vectors by the run's own towers; KgrecError for a file that cannot be read, for sounds where the
+    run knows images, and for vectors of another width.
+    """
+    given = {**new.media, **_embedded(intake, new, say)}
     out = {}
     for name, mean in intake.means.items():
         if name == "text":
             continue
-        vectors, present = new.media.get(name, (np.zeros((new.num_items, len(mean)), np.float32),
+        vectors, present = given.get(name, (np.zeros((new.num_items, len(mean)), np.float32),
                                                 np.zeros(new.num_items, bool)))
         if vectors.shape[1] != len(mean):
             raise KgrecError(f"media/{name}.npy: found vectors of width {vectors.shape[1]}, expected {len(mean)}, as "
                              "in the run's data set; make them in the same way")
         out[name] = np.where(present[:, None], vectors, 0.0).astype(np.float32)
-    strange = sorted(set(new.media) - set(out))
+    strange = sorted({*new.media, *new.raw_media} - set(out))
     if strange:
         say(f"media: {', '.join(strange)} not used: the run knows no vectors of that name")
+    return out
+
+
+def _embedded(intake: Intake, new: Dataset, say: Say) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """name -> ([n, d] vectors, [n] bool present) of the raw files that the run has towers for."""
+    out = {}
+    for name, files in new.raw_media.items():
+        tower = intake.towers.get(name)
+        if tower is None:
+            if name in intake.means:
+                say(f"media: the files of media/{name} are not used: the run knows vectors of that name and no tower "
+                    f"that makes them; give media/{name}.npy")
+            continue
+        if files.kind != tower.form.kind:
+            raise KgrecError(f"media/{name}: found {files.kind}s, expected {tower.form.kind}s as in the run's data set; "
+                             "give them a folder of another name")
+        vectors = np.zeros((new.num_items, tower.cfg.out), np.float32)
+        for first in range(0, len(files.rows), _AT_ONCE):
+            rows = files.rows[first:first + _AT_ONCE]
+            arrays = np.stack(list(decoded([files.paths[row] for row in rows], tower.form)))
+            vectors[rows] = tower.mixed(tower.embed(arrays))
+        out[name] = vectors, np.isin(np.arange(new.num_items), files.rows)
     return out
 
 

@@ -22,6 +22,7 @@ import scipy.sparse as sp
 
 from kgrec_jax.data.text import TfidfSvd, TfidfWords, fit_tfidf_svd, fit_tfidf_words, load_tokenizer, normalise, words
 from kgrec_jax.errors import KgrecError
+from kgrec_jax.models.recommender import TunedTexts
 from kgrec_jax.serving.explain import BEST_LEFT
 from kgrec_jax.serving.store import Files
 from kgrec_jax.stages import item_features
@@ -65,7 +66,7 @@ class QueryEncoder:
         """[d] unit vector; zero for an empty text. Raises KgrecError or OSError where the weights cannot be had."""
         return self.encode_all([text], batch_size=1)[0]
 
-    def encode_all(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    def encode_all(self, texts: Sequence[str], batch_size: int = 0) -> np.ndarray:
         """[n, d] unit vectors, as `encode` gives them."""
         from kgrec_jax.models.text_encoder import encode_texts
 
@@ -93,8 +94,11 @@ class QueryIndex:
     reader: QueryEncoder | TfidfSvd | None  # a query to its vector
 
     @staticmethod
-    def of(run: Any) -> QueryIndex | None:
-        """The index of a run whose fusion stage has read the texts; None where items have neither texts nor names."""
+    def of(run: Any, tuned: TunedTexts | None = None) -> QueryIndex | None:
+        """The index of a run whose fusion stage has read the texts; None where items have neither texts nor names.
+
+        `tuned`: of an encoder that learned inside fusion, which then reads the queries too.
+        """
         data = run.dataset
         texts = item_features.item_texts(data)
         named = [name if name != item else "" for name, item in zip(data.item_names, data.item_ids, strict=True)]
@@ -102,7 +106,7 @@ class QueryIndex:
         if not any(d.strip() for d in documents):
             return None
         index = fit_tfidf_words(documents)
-        vectors, reader = _vectors(run, texts)
+        vectors, reader = _vectors(run, texts, tuned)
         if vectors is None:
             return QueryIndex(index, index.encode(documents), None, None, None)
         present = np.abs(vectors).sum(1) > 0
@@ -200,7 +204,8 @@ class QueryIndex:
         return (self.vectors @ item_features.unit_rows((vector - self.mean)[None])[0]).astype(np.float64)
 
 
-def _vectors(run: Any, texts: list[str]) -> tuple[np.ndarray | None, QueryEncoder | TfidfSvd | None]:
+def _vectors(run: Any, texts: list[str],
+             tuned: TunedTexts | None) -> tuple[np.ndarray | None, QueryEncoder | TfidfSvd | None]:
     """([I, d] text vectors that the fusion stage left, what reads a query like them); None twice without them."""
     held = run.path / "fuse" / "text.npz"
     if not held.is_file():
@@ -211,26 +216,30 @@ def _vectors(run: Any, texts: list[str]) -> tuple[np.ndarray | None, QueryEncode
         reader = fit_tfidf_svd(texts, vectors.shape[1], run.experiment.seed)
         return reader.encode(texts), reader
     try:
-        return vectors, _reader(run, source)
+        return (vectors if tuned is None else tuned.vectors), _reader(run, source, tuned)
     except (KgrecError, OSError) as error:
         run.tracker.say(f"recommender: the encoder could not be kept ({_line(error)}): queries go by words alone")
         return None, None
 
 
-def _reader(run: Any, source: str) -> QueryEncoder:
-    """The encoder by the name that the fusion stage gave its weights."""
+def _reader(run: Any, source: str, tuned: TunedTexts | None) -> QueryEncoder:
+    """The encoder by the name that the fusion stage gave its weights, or with those that it tuned itself."""
     from kgrec_jax.models import encoders
     from kgrec_jax.pretrained.hf import load_encoder
 
     if run.experiment.pretrain.mode == "scratch":
         raise KgrecError("pretrain.mode: found scratch, whose encoder is not kept for queries")
     name, length = run.experiment.encoder, run.experiment.fuse.text_length
-    if source == RELEASED and not pathlib.Path(name).expanduser().is_dir():
+    if tuned is None and source == RELEASED and not pathlib.Path(name).expanduser().is_dir():
         return QueryEncoder(name, None, None, length)
     # A folder of this machine, or weights that the run has tuned: they go along, or the recommender could not be moved.
     encoder = load_encoder(name, say=run.tracker.say)
-    found = {} if source == RELEASED else item_features.text_candidates(run.experiment, run, encoder)
-    params = encoder.params if source == RELEASED else found.get(source)
+    if tuned is not None:
+        params = tuned.weights
+    elif source == RELEASED:
+        params = encoder.params
+    else:
+        params = item_features.text_candidates(run.experiment, run, encoder).get(source)
     if params is None:
         raise KgrecError(f"{run.path}: found no weights of {source!r}, expected those that read the items")
     folder = encoder.tokenizer_folder

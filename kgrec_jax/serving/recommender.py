@@ -18,11 +18,13 @@ from kgrec_jax.data.categories import Categories, read_categories
 from kgrec_jax.data.dataset import Graph, Interactions
 from kgrec_jax.data.graph import Neighbours, neighbours, short_title
 from kgrec_jax.data.importers.auto import dataset_folder
+from kgrec_jax.data.media_read import ImageForm, SoundForm
 from kgrec_jax.data.text import TfidfSvd, TfidfWords
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.beyond_accuracy import ItemVectors, ListMeasures
 from kgrec_jax.evaluation.ranking import top_k
 from kgrec_jax.linear.parts import Factors, Part
+from kgrec_jax.models.media_towers import MediaTowerConfig, TrainedMedia
 from kgrec_jax.models.propagation import PropagationPart
 from kgrec_jax.models.recommender import FusedModel, Histories, Scale, TowerPart, histories_of
 from kgrec_jax.models.towers import TowerConfig
@@ -73,8 +75,11 @@ class Recommender:
         histories = histories_of(log, data.num_users, data.num_items, run.experiment.fuse.tower.max_history)
         graph = training_graph(data.graph)[0]
         graph = dataclasses.replace(graph, entity_texts=())  # only encoders read them
+        tuned = None if model.tower is None else model.tower.tuned
+        if tuned is not None:  # the query index keeps it
+            model = dataclasses.replace(model, tower=dataclasses.replace(model.tower, tuned=None))
         return Recommender(model, data.user_ids, data.item_ids, data.item_names, histories, known, graph, held_out,
-                           QueryIndex.of(run), intake=Intake.of(run))
+                           QueryIndex.of(run, tuned), intake=Intake.of(run, tuned and tuned.vectors))
 
     def with_categories_of(self, run: Any) -> Recommender:
         """The same, knowing which kinds of items the run's data set tells apart."""
@@ -331,8 +336,9 @@ class Recommender:
 
 
 # What a recommender's folder may hold: every kind of part, and what is around them.
-CLASSES = (*typing.get_args(Part), PropagationPart, Added, Block, Categories, FusedModel, Graph, Histories, Intake,
-           QueryEncoder, QueryIndex, Recommender, Scale, TfidfSvd, TfidfWords, TowerConfig, TowerPart)
+CLASSES = (*typing.get_args(Part), PropagationPart, Added, Block, Categories, FusedModel, Graph, Histories, ImageForm,
+           Intake, MediaTowerConfig, QueryEncoder, QueryIndex, Recommender, Scale, SoundForm, TfidfSvd, TfidfWords,
+           TowerConfig, TowerPart, TrainedMedia)
 
 
 def _check_k(k: int) -> None:

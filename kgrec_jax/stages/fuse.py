@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +21,18 @@ from kgrec_jax.linear import neighbours, ridge
 from kgrec_jax.linear.choose import LinearChoice, choose_linear
 from kgrec_jax.linear.ease import ease, skip_reason
 from kgrec_jax.linear.parts import Part
-from kgrec_jax.models.recommender import FusedModel, histories_of
+from kgrec_jax.models.recommender import FusedModel
 from kgrec_jax.models.tower_config import TowerConfig, check_towers
 from kgrec_jax.optim import OptimConfig
-from kgrec_jax.stages import item_features
+from kgrec_jax.stages import fuse_media, item_features
 from kgrec_jax.stages.bounds import check_bounds, check_optimizers
 from kgrec_jax.stages.fuse_bpr import BOUNDS as BPR_BOUNDS
 from kgrec_jax.stages.fuse_bpr import BprConfig
-from kgrec_jax.stages.fuse_gate import GateConfig, HeldOut, learn_gate
-from kgrec_jax.stages.fuse_parts import Fitter
+from kgrec_jax.stages.fuse_cut import held_out, inner_cut
+from kgrec_jax.stages.fuse_encoder import EncoderTraining
+from kgrec_jax.stages.fuse_gate import GateConfig, learn_gate
+from kgrec_jax.stages.fuse_media import MEDIA_BOUNDS, MediaConfig
+from kgrec_jax.stages.fuse_parts import Fitter, kernels_of
 from kgrec_jax.stages.fuse_propagation import KINDS, PROPAGATION_BOUNDS, Propagator
 from kgrec_jax.stages.fuse_rows import FURTHER, FurtherRows, Row
 from kgrec_jax.stages.fuse_towers import TowerTraining
@@ -49,7 +52,15 @@ class Config:
     steps: int = 0  # of the towers; 0: forty passes over the users, 300 to 1200
     batch: int = 128  # users of a step
     optim: OptimConfig = OptimConfig(peak_lr=5e-3, weight_decay=1e-4)  # of the towers
+    rec_weight: float = 1.0  # λ of L_REC: the user's vector against the items'
     cf_weight: float = 0.2  # λ of L_CF: the history's mean free row against the free rows
+    mlm_weight: float = 0.1  # λ of L_MLM: hidden tokens of the step's own items, where the encoder learns along
+    loss_weights: Literal["fixed", "uncertainty"] = "fixed"  # uncertainty: the λ are where learned weights begin
+    encoder: Literal["frozen", "lora", "full"] = "frozen"  # what of the text encoder learns with the towers
+    encoder_items: int = 32  # texts that it reads in a step; the other items keep the vectors of when they were read
+    encoder_rank: int = 8  # lora: rank of the sums
+    encoder_alpha: float = 16.0  # lora: they count alpha / rank
+    encoder_optim: OptimConfig = OptimConfig(peak_lr=2e-4)  # of encoder and masked-LM head
     propagation: Literal["off", "rgcn", "kgat", "kgin", "lightgcn"] = "off"  # a part of its own beside the towers
     propagation_dim: int = 64  # width of its vectors
     propagation_layers: int = 2  # hops
@@ -67,6 +78,7 @@ class Config:
     joined: tuple[Row, ...] = ()  # of these, parts of the fused score as well; they are rows in any case
     bpr: BprConfig = BprConfig()  # how the row bpr is trained
     gate: GateConfig = GateConfig()  # over all parts
+    media: MediaConfig = MediaConfig()  # towers on raw images and sounds
     text_length: int = 128  # tokens of an item's text
     text_encoder: Literal["choose", "released"] = "choose"  # choose: by recall on held-out items
     eval_users: int = 20_000  # users on whom the test is ranked, drawn by the seed where there are more; 0: all
@@ -86,47 +98,6 @@ class Config:
     def propagator(self) -> Propagator | None:
         """What is propagated and how it is trained; None where nothing is."""
         return None if self.propagation == "off" else Propagator.of(self, self.tower.temperature)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    """The cut on which the gate is learned."""
-
-    fit: Interactions
-    heldout: Interactions
-    cold: np.ndarray  # [c] items hidden from `fit`
-    joint: bool  # warm and cold items are held out as the split's own, so their levels can be compared
-
-
-def inner_cut(split: Split, share: float, seed: int) -> Inner:
-    """What the gate's parts are fitted on and what it is learned on.
-
-    A split with cold items of its own shows how they compare with warm ones, where its validation part has both;
-    otherwise a share of the items is hidden from `fit`, and tells about the order of cold items alone.
-    """
-    rng = np.random.default_rng((seed, 17))
-    log, valid = split.train, split.valid
-    drawn = rng.random(len(log)) < share
-    if not split.valid_given and len(split.valid_cold_items):
-        if np.isin(valid.item, split.valid_cold_items, invert=True).any():
-            return Inner(log, valid, split.valid_cold_items, True)
-        heldout = Interactions.concatenate([valid, log.take(drawn)])
-        return Inner(log.take(~drawn), heldout, split.valid_cold_items, False)
-    warm = np.unique(log.item)
-    cold = np.zeros(0, np.int64)
-    if len(warm) > 20:
-        cold = np.sort(rng.choice(warm, max(1, int(share * len(warm))), replace=False))
-    hidden = np.isin(log.item, cold)
-    if split.valid_given or not len(valid):
-        return Inner(log.take(~(hidden | drawn)), log.take(hidden | drawn), cold, False)
-    return Inner(log.take(~hidden), Interactions.concatenate([valid, log.take(hidden)]), cold, False)
-
-
-def held_out(inner: Inner, split: Split, shape: tuple[int, int], max_history: int) -> HeldOut:
-    """What a gate is learned on by an inner cut; a given validation part is left out of the lists."""
-    histories = histories_of(inner.fit, *shape, max_history)
-    seen = (histories.matrix + split.valid.matrix(*shape)).tocsr() if split.valid_given else histories.matrix
-    return HeldOut(histories, seen, inner.heldout.matrix(*shape), inner.joint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +138,9 @@ def _read(path: pathlib.Path, build: Callable[[Any], Any]) -> Any:
 def check(cfg: Config) -> None:
     """KgrecError naming the first field that no training can do anything with."""
     many = 1 << 30
-    bounds = {"steps": (0, many), "batch": (1, many), "cf_weight": (0.0, 1e6), "text_length": (3, many),
+    bounds = {"steps": (0, many), "batch": (1, many), "rec_weight": (0.0, 1e6), "cf_weight": (0.0, 1e6),
+              "mlm_weight": (0.0, 1e6), "encoder_items": (1, many), "encoder_rank": (1, many),
+              "encoder_alpha": (0.0, 1e6), "text_length": (3, many),
               "eval_users": (0, many), "tower.width": (1, many), "tower.layers": (1, 1000), "tower.heads": (1, many),
               "tower.max_history": (1, many), "tower.part_dropout": (0.0, 0.99), "tower.free_dropout": (0.0, 0.99),
               "tower.history_dropout": (0.0, 0.99), "tower.hidden_dropout": (0.0, 0.99),
@@ -176,14 +149,18 @@ def check(cfg: Config) -> None:
               "gate.batch": (1, many), "gate.candidates": (1, many), "gate.penalty": (0.0, 1e6),
               "gate.inner_share": (0.0, 0.9), "gate.guard_share": (0.0, 0.9), "gate.max_users": (1, many),
               **{f"bpr.{name}": bound for name, bound in BPR_BOUNDS.items()},
+              **{f"media.{name}": bound for name, bound in MEDIA_BOUNDS.items()},
               **{f"propagation_{name}": bound for name, bound in PROPAGATION_BOUNDS.items()}}
     check_bounds("fuse", cfg, bounds)
-    check_optimizers("fuse", cfg, ("optim", "gate.optim", "propagation_optim", "bpr.optim"))
+    optimizers = ("optim", "encoder_optim", "gate.optim", "propagation_optim", "bpr.optim", "media.optim")
+    check_optimizers("fuse", cfg, optimizers)
     check_towers(cfg.tower)
+    fuse_media.check(cfg.media)
 
 
 def check_data(cfg: Config, data: Dataset) -> None:
     """KgrecError where the config asks for what the data do not have."""
+    fuse_media.check_data(cfg.media, data)
     if cfg.tower.rating_weight == "none":
         return
     if not data.has_ratings:
@@ -200,11 +177,13 @@ def prepare(experiment: Any, run: Any, linear: LinearChoice | None = None) -> tu
     `linear`: settings of the closed forms that were chosen already, on the same interactions.
     """
     cfg, held = experiment.fuse, run.stage("fuse") / "choices.json"
+    if run.dataset.raw_media:
+        fuse_media.learn(experiment, run, inner_cut(run.split, cfg.gate.inner_share, experiment.seed).fit)
     if held.is_file():
         choices = Choices.load(held)
         vectors, source, _ = item_features.read_texts(experiment, run, None, None)
         content = item_features.build_content(run.dataset, run, vectors, source)
-        kernels = _kernels(content, choices.content.weights if choices.content else ())
+        kernels = kernels_of(content, choices.content.weights if choices.content else ())
     else:
         choices, content, kernels = _choose(experiment, run, linear)
         choices.save(held)
@@ -212,7 +191,8 @@ def prepare(experiment: Any, run: Any, linear: LinearChoice | None = None) -> tu
     if choices.content is not None:
         kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
     fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, experiment.seed, cfg.propagator,
-                    FurtherRows.of(cfg), tuple(choices.skipped))
+                    FurtherRows.of(cfg), tuple(choices.skipped), choices.content,
+                    EncoderTraining.of(experiment, run, choices.text_source))
     return fitter, choices
 
 
@@ -231,15 +211,9 @@ def _choose(experiment: Any, run: Any,
     part = None if "ease" in skipped else ease(train_matrix, linear.ease_l2, linear.ease_dropout)
     vectors, source, compared = item_features.read_texts(experiment, run, train_matrix, part)
     content = item_features.build_content(run.dataset, run, vectors, source)
-    kernels = {} if part is None else _kernels(content)
+    kernels = {} if part is None else kernels_of(content)
     choice = ridge.choose(train_matrix, part, kernels, say=say) if kernels else None
     return Choices(linear, choice, source, compared, skipped | further.skipped(shape[1])), content, kernels
-
-
-def _kernels(content: ItemContent, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Name -> kernel [I, I] of the content's blocks, of all or of those named."""
-    blocks = content.blocks()
-    return {name: ridge.kernel(blocks[name]) for name in (blocks if names is None else names)}
 
 
 def _choose_linear(split: Split, shape: tuple[int, int], share: float, seed: int, without: tuple[str, ...],

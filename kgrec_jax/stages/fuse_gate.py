@@ -14,12 +14,11 @@ import scipy.sparse as sp
 from kgrec_jax import train
 from kgrec_jax.evaluation.significance import paired_difference
 from kgrec_jax.linear.choose import ndcg10
-from kgrec_jax.models.fusion import GateInputs, gate_init, gate_penalty, gate_scores
+from kgrec_jax.models.fusion import GateInputs, Head, alone, gate_init, gate_penalty, gate_scores
 from kgrec_jax.models.recommender import WITHOUT_HISTORY, FusedModel, Histories
 from kgrec_jax.optim import OptimConfig, make_optimizer
 from kgrec_jax.sharding import REPLICATED
 
-ALONE = 20.0  # logit that makes one part's weight all there is
 _SCORES = 1 << 27  # of all parts together, in a block of users: 512 MB
 
 
@@ -27,6 +26,7 @@ _SCORES = 1 << 27  # of all parts together, in a block of users: 512 MB
 class GateConfig:
     """How the gate over the parts is learned."""
 
+    head: Head = "additive"  # what a part's weight depends on beside user and item: attention and mlp see the scores
     steps: int = 300  # of the gate
     batch: int = 256  # users of a step
     optim: OptimConfig = OptimConfig(peak_lr=0.03, warmup_share=0.0, schedule="cosine")
@@ -140,7 +140,8 @@ def learn_gate(cfg: GateConfig, model: FusedModel, held: HeldOut, run: Any, seed
         lead[True] = "features"
     batch = gate_data(cfg, model, held, users[~kept] if kept.sum() >= 20 else users, lead)
     fitted = train.fit(
-        workdir=run.stage("fuse") / "gate", init_fn=lambda key: gate_init(len(model.names), 1, 1), constants={},
+        workdir=run.stage("fuse") / "gate", constants={},
+        init_fn=lambda key: gate_init(len(model.names), 1, 1, cfg.head, key),
         loss_fn=functools.partial(gate_loss, cfg, held.joint), source=GateSource(batch, cfg.batch, cfg.steps, seed),
         tx=make_optimizer(cfg.optim, cfg.steps), seed=seed, mesh=run.mesh, rules=REPLICATED, log_every=20,
         checkpoint_every=cfg.steps, label="fuse gate", tracker=run.tracker)
@@ -175,10 +176,7 @@ def check_gate(model: FusedModel, gate: dict, held: HeldOut, users: np.ndarray, 
     mean, error = paired_difference(fused, judged[best])
     told = {"fused": float(fused.mean()), "best": best, "value": float(judged[best].mean()), "kept": "the gate"}
     if mean < 0 and not -mean <= error:  # an error that is unknown lets the part decide too
-        key = "cold" if side else "warm"
-        alone = np.zeros(len(model.names), np.float32)
-        alone[model.names.index(best)] = ALONE
-        gate = {**gate, key: alone}
+        gate = alone(gate, model.names.index(best), side)
         told["kept"] = best
     return gate, told
 

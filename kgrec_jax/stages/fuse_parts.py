@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from kgrec_jax.models.recommender import TOWER, FusedModel, Scale, TowerPart
 from kgrec_jax.models.tower_config import TowerConfig
 from kgrec_jax.models.towers import FREE, ItemFeatures
 from kgrec_jax.stages import item_features
+from kgrec_jax.stages.fuse_encoder import EncoderTraining, fit_text_towers
 from kgrec_jax.stages.fuse_propagation import Propagator
 from kgrec_jax.stages.fuse_rows import FurtherRows, fit_ials, profile
 from kgrec_jax.stages.fuse_towers import TowerTraining, fit_towers
@@ -46,6 +48,8 @@ class Fitter:
     propagator: Propagator | None = None
     further: FurtherRows = FurtherRows()
     without: tuple[str, ...] = ()  # closed forms that are left out, as a log of this size takes them too long
+    choice: ridge.Choice | None = None  # how `kernel` was made
+    encoder: EncoderTraining | None = None  # what of an encoder learns with the towers; None: nothing
 
     @property
     def num_items(self) -> int:
@@ -101,11 +105,26 @@ class Fitter:
 
     def tower(self, log: Interactions, folder: pathlib.Path) -> TowerPart:
         """The towers trained on one log; checkpoints and metrics go to `folder`."""
-        return fit_towers(self.shape, self.training, self.features(log), log, folder, self.run, self.seed)
+        features = self.features(log)
+        if self.encoder is not None:
+            return fit_text_towers(self.shape, self.training, self.encoder, features, log, folder, self.run, self.seed)
+        return fit_towers(self.shape, self.training, features, log, folder, self.run, self.seed)
+
+    def with_texts(self, vectors: np.ndarray) -> Fitter:
+        """The same with other text vectors [I, d], under the weights that were chosen for the first ones."""
+        content, kernel = dataclasses.replace(self.content, text=vectors), self.kernel
+        if self.choice is not None and "text" in self.choice.weights:
+            kernel = ridge.combine(kernels_of(content, self.choice.weights), self.choice)
+        return dataclasses.replace(self, content=content, kernel=kernel)
 
     def model(self, log: Interactions, folder: pathlib.Path, gate: Any) -> tuple[FusedModel, dict[str, Part]]:
-        """(the fused model on one log under a gate, all its parts but the towers by name)."""
-        parts = self.closed_forms(log, folder)
+        """(the fused model on one log under a gate, all its parts but the towers by name).
+
+        What an encoder has learned with the towers, the closed forms read as well: a query and a new item have one
+        vector for all.
+        """
+        tower = None if self.encoder is None else self.tower(log, folder)
+        parts = (self if tower is None else self.with_texts(tower.tuned.vectors)).closed_forms(log, folder)
         if self.propagator is not None:
             parts[self.propagator.shape.kind] = self.propagator.fit(
                 self.content.graph, log, folder / "propagation", self.run, self.seed)
@@ -114,8 +133,14 @@ class Fitter:
             apart |= {"ials"}  # it is `collaborative` already
         fused = {name: part for name, part in parts.items() if name not in apart}
         matrix = log.matrix(self.run.dataset.num_users, self.num_items)
-        tower = self.tower(log, folder)
+        tower = tower or self.tower(log, folder)
         return FusedModel(fused, tower, gate, (*fused, TOWER), matrix.getnnz(axis=0), scale_of(matrix)), parts
+
+
+def kernels_of(content: ItemContent, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Name -> kernel [I, I] of the content's blocks, of all or of those named."""
+    blocks = content.blocks()
+    return {name: ridge.kernel(blocks[name]) for name in (blocks if names is None else names)}
 
 
 def scale_of(matrix: sp.csr_matrix) -> Scale:

@@ -1,4 +1,7 @@
-"""What the fusion stage knows of items beside who touched them: text, words, graph and media. No interaction enters."""
+"""What the fusion stage knows of items beside who touched them: text, words, graph and media.
+
+No interaction enters, but those that `fuse_media` learned the vectors of raw images and sounds from.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from kgrec_jax.linear.parts import ItemWeights
 from kgrec_jax.models import encoders
 from kgrec_jax.models.text_encoder import encode_texts
 from kgrec_jax.pretrained.hf import Encoder
+from kgrec_jax.stages.fuse_media import media_blocks
 from kgrec_jax.stages.graph import training_graph
 from kgrec_jax.stages.pretrain import released_encoder
 from kgrec_jax.tracking import NPZ_ERRORS, write_npz
@@ -187,7 +191,7 @@ def build_content(dataset: Any, run: Any, text: np.ndarray | None, text_source: 
         graph=graph, text=text, words=texts.tfidf_words(rows, unit=False) if some_text else None,
         links=links if links is not None and links.nnz else None,
         media={name: np.where(present[:, None], vectors, 0.0).astype(np.float32)
-               for name, (vectors, present) in dataset.media.items()},
+               for name, (vectors, present) in dataset.media.items()} | media_blocks(dataset, run),
         entity=None if held is None else np.asarray(held["entity"], np.float32),
         relation=None if held is None else np.asarray(held["relation"], np.float32), text_source=text_source)
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kgrec_jax.data.dataset import Dataset
-from kgrec_jax.data.folder import DataConfig, read_folder
+from kgrec_jax.data.folder import DataConfig, expanded, read_folder
 from kgrec_jax.data.importers.recbole import import_recbole
+from kgrec_jax.data.interactions import SplitConfig
 from kgrec_jax.data.log import log_files
 from kgrec_jax.data.sources import cache_root, parse_wheel, resolve
 from kgrec_jax.data.tables import find_table
@@ -34,17 +35,24 @@ def read_dataset(cfg: DataConfig, say: Say = print) -> Dataset:
     return read_folder(folder, dataclasses.replace(cfg, name=cfg.name or source_name(cfg.path)))
 
 
+def split_config(cfg: DataConfig, say: Say = lambda line: None) -> SplitConfig:
+    """`cfg.split`, its list of items found: a relative name beside the data first, then from the working folder."""
+    beside = dataset_folder(cfg.path, say) / cfg.split.items if cfg.split.items else None
+    return dataclasses.replace(cfg.split, items=str(beside)) if beside and beside.is_file() else cfg.split
+
+
 def dataset_folder(source: str, say: Say = print) -> Path:
     """The dataset folder of a path, a `pypi:` or a `hub:` source.
 
     RecBole's atomic files (*.inter) are imported into `cache_root()/datasets` the first time; `say` gets what the
     import had to say, then and at every later use. A folder that is neither is returned as it is: reading it says what
-    it lacks. Raises KgrecError where a source cannot be reached or an atomic file is wrong.
+    it lacks. Raises KgrecError where a source cannot be reached, a variable in a path is not set or an atomic file is
+    wrong.
     """
     if source.startswith(("pypi:", "hub:")):
         path = resolve(source, say=say)
     else:
-        path = Path(source).expanduser()
+        path = expanded(source)
     if not source or not path.is_dir() or _is_dataset(path) or not any(path.glob("*.inter")):
         return path
     stem = re.sub(r"[^\w.-]+", "-", source_name(source)) or "data"
@@ -64,7 +72,7 @@ def source_name(source: str) -> str:
         return Path(wheel.member).name or wheel.name
     if source.startswith("hub:"):
         return source[len("hub:"):].partition("@")[0].rpartition("/")[2]
-    return Path(source).expanduser().resolve().name
+    return expanded(source).resolve().name
 
 
 def _is_dataset(path: Path) -> bool:
