@@ -9,7 +9,7 @@ import re
 from kgrec_jax.errors import KgrecError
 
 
-def take(argv: list[str], flag: str) -> tuple[list[str], str]:
+def take(argv: list[str], flag: str, expected: str = "the folder of the run") -> tuple[list[str], str]:
     """The other arguments, and the value of a flag that is no field of the config."""
     rest, value = [], ""
     words = iter(argv)
@@ -19,7 +19,7 @@ def take(argv: list[str], flag: str) -> tuple[list[str], str]:
             continue
         value = next(words, "") if word == flag else word[len(flag) + 1:]
         if not value or value.startswith("--"):
-            raise KgrecError(f"{flag}: found no value, expected the folder of the run")
+            raise KgrecError(f"{flag}: found no value, expected {expected}")
     return rest, value
 
 

@@ -23,6 +23,9 @@ from kgrec_jax.sharding import path_name
 from kgrec_jax.tracking import is_main_process
 
 
+_SHARED_BYTES = 1 << 20  # of a device's share of a replicated array, from which on all of them write
+
+
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
     """Turns what Orbax and TensorStore raise on a damaged folder (a dozen types) into one line."""
@@ -42,7 +45,16 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_main_process():  # what a kill left; Orbax clears it too, but with a warning
         shutil.rmtree(path.with_name(f"{path.name}.orbax-checkpoint-tmp"), ignore_errors=True)
-    ocp.save(path, jax.tree.map(_storable, tree), overwrite=True)
+    with _saving():
+        ocp.save(path, jax.tree.map(_storable, tree), overwrite=True)
+
+
+def _saving() -> ocp.Context:
+    """How arrays are written. Orbax lets every device write its share of what each of them holds whole, and compiles a
+    program for each such share: of small arrays that costs seconds and saves nothing, so one device writes them."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SHARED_BYTES
+    return context
 
 
 def load_tree(path: str | os.PathLike, abstract: Any = None) -> Any:
@@ -143,7 +155,7 @@ class Checkpoints:
         folder = pathlib.Path(folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        with _readable(folder):
+        with _readable(folder), _saving():
             self._checkpointer = ocp.training.Checkpointer(
                 folder, preservation_policy=_LatestAndBest(), cleanup_tmp_directories=True)
 
@@ -158,9 +170,10 @@ class Checkpoints:
         """Starts writing; returns once `state` may be donated. `best_step` stays on disk beside the latest."""
         if step == self.latest:
             return
-        self._checkpointer.save_async(
-            step, jax.tree.map(_storable, state), metrics={"best_step": best_step},
-            custom_metadata={"meta": json.dumps(meta)}, force=True)
+        with _saving():
+            self._checkpointer.save_async(
+                step, jax.tree.map(_storable, state), metrics={"best_step": best_step},
+                custom_metadata={"meta": json.dumps(meta)}, force=True)
 
     def load(self, step: int, abstract_state: Any, part: bool = False) -> Any:
         """The state of `step`, or the part of it that is named, on the devices that `abstract_state` names."""

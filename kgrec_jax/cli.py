@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 
 from kgrec_jax.arguments import Parser, positive, share, take
-from kgrec_jax.errors import Interrupted, KgrecError
+from kgrec_jax.errors import Interrupted, KgrecError, in_words
 
 _HEAD = """kgrec: a recommender that reads text, knows a graph and remembers behaviour
 
@@ -41,6 +41,15 @@ metrics.jsonl, TensorBoard, done.json) and, after the last stage, recommender/, 
 The same command on the same RUN goes on where it stopped; another config is refused by the names of its fields.
 """
 
+_SEVERAL_HELP = """
+  kgrec run default --data.path FOLDER --workdir RUN --seeds 3   three trainings: RUN/seed-0, seed-1, seed-2
+  kgrec run configs/bench/*.py --workdir RUNS                    several configs: RUNS/NAME each
+
+--seeds N trains the config under N seeds, from its own on, on the same data and split, and leaves seeds.json and
+seeds.md beside them: means over seeds with deviations and intervals, and fusion's lead. Of several configs, one that
+fails is told at the end and the others still run.
+"""
+
 _QUICKSTART_HELP = """Run everything on MovieLens-100K with its Freebase graph and a small English encoder.
 
   kgrec quickstart
@@ -69,6 +78,7 @@ SUMMARIES = {
     "bench": "speed, memory and quality on the device at hand",
     "encoder": "a run's encoder for others to use (export)",
     "items": "new items in a finished run, without training (add, remove)",
+    "domains": "several dataset folders in one run, each domain alone beside it",
 }
 
 
@@ -90,15 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
-            raise
-        where = error.filename or "writing"
-        return _end(f"{where}: {error.strerror}; make room, change permissions or choose another place", 2)
-
-
-# What a person can mend; any other error of the operating system is a bug of ours and keeps its traceback.
-_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-                   errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.EIO}
+        return _end(in_words(error), 2)
 
 
 def usage() -> str:
@@ -139,6 +141,10 @@ def _dispatch(argv: list[str]) -> int:
         from kgrec_jax import items_commands
 
         return items_commands.main(rest)
+    if name == "domains":
+        from kgrec_jax import domains_commands
+
+        return domains_commands.domains(rest)
     if name == "encoder":
         from kgrec_jax import encoder_commands
 
@@ -160,6 +166,9 @@ def _dispatch(argv: list[str]) -> int:
 def _run(command: str, argv: list[str]) -> int:
     """`quickstart`, `run` and the stages: CONFIG, --workdir, and the config's own fields."""
     rest, workdir = take(argv, "--workdir")
+    rest, seeds = take(rest, "--seeds", "a number of trainings") if command == "run" else (rest, "")
+    if seeds and (not seeds.isdecimal() or int(seeds) < 1):
+        raise KgrecError(f"--seeds: found {seeds!r}, expected a whole number of at least 1")
     from kgrec_jax import commands
 
     if command == "quickstart":
@@ -170,13 +179,18 @@ def _run(command: str, argv: list[str]) -> int:
     if rest[:1] in (["-h"], ["--help"]):
         from kgrec_jax.config import shipped_configs
 
-        print(_RUN_HELP.format(what=what, command=command, shipped=", ".join(shipped_configs())), end="")
+        shipped = textwrap.fill(", ".join(shipped_configs()), 119, break_on_hyphens=False)
+        print(_RUN_HELP.format(what=what, command=command, shipped=shipped), end="")
+        print(_SEVERAL_HELP if command == "run" else "", end="")
         return 0
     if not rest or rest[0].startswith("-"):
         raise KgrecError(f"CONFIG: found {rest[0] if rest else 'none'}, expected a config first: "
                          f"kgrec {command} CONFIG --workdir RUN; see kgrec {command} --help")
-    return commands.run(rest[0], rest[1:], workdir, None if command == "run" else command, f"kgrec {command} {rest[0]}",
-                        f"{what} `kgrec {command} --help` says what RUN is left with.")
+    until, words = None if command == "run" else command, f"{what} `kgrec {command} --help` says what RUN is left with."
+    count = next((n for n, word in enumerate(rest) if word.startswith("-")), len(rest))
+    if command == "run" and count > 1:
+        return commands.run_several(rest[:count], rest[count:], workdir, words, int(seeds or 0))
+    return commands.run(rest[0], rest[1:], workdir, until, f"kgrec {command} {rest[0]}", words, int(seeds or 0))
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kgrec_jax.errors import KgrecError
+from kgrec_jax.errors import Interrupted, KgrecError, in_words
 
 
 def say(text: str) -> None:
@@ -20,11 +21,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog: str, help_text: str) -> int:
+def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog: str, help_text: str,
+        seeds: int = 0) -> int:
     """`kgrec run|pretrain|graph|fuse|quickstart`: the pipeline of a config up to the stage `until` (None: all of it).
 
-    `prog` and `help_text` head the list of fields that --help shows. Raises KgrecError for arguments that are no
-    fields, a config that cannot be read, and whatever the run finds wrong.
+    `seeds`: so many trainings of all of it, see `kgrec_jax.seeds`; 0: one, into `workdir` itself. `prog` and
+    `help_text` head the list of fields that --help shows. Raises KgrecError for arguments that are no fields, a config
+    that cannot be read, and whatever the run finds wrong.
     """
     from kgrec_jax.config import find_config, load_config
 
@@ -37,10 +40,63 @@ def run(config: str, words: Sequence[str], workdir: str, until: str | None, prog
         raise KgrecError("--data.path: found none, expected a dataset folder or a source; see kgrec data --help")
     if find_config(config) == find_config("quickstart"):
         fetch_with_notices((experiment.data.path, experiment.encoder))
+    if seeds:
+        from kgrec_jax import seeds as several
+
+        several.run(experiment, pathlib.Path(workdir), seeds)
+        return 0
     from kgrec_jax import pipeline
 
     pipeline.run(experiment, pathlib.Path(workdir), **({"until": until} if until else {}))
     return 0
+
+
+def run_several(configs: Sequence[str], words: Sequence[str], workdir: str, help_text: str, seeds: int = 0) -> int:
+    """`kgrec run CONFIG CONFIG…`: each as `run` does, into workdir/NAME; NAME is that of the config's file.
+
+    A config that fails does not keep the others from running: it is told in one line at the end, and the exit code is
+    2. Raises KgrecError for what is wrong with all of them: arguments, the folder, two configs of one name.
+    """
+    from kgrec_jax.config import Experiment, check_arguments, fields_of
+
+    if "-h" in words or "--help" in words:
+        return run(configs[0], words, workdir, None, f"kgrec run {configs[0]}", help_text)
+    check_arguments(words, fields_of(Experiment))
+    if not workdir:
+        raise KgrecError("--workdir: found none, expected the folder of the runs")
+    if (pathlib.Path(workdir) / "experiment.json").is_file():
+        raise KgrecError(f"--workdir: found the run of one config in {workdir}, expected a folder for several; choose "
+                         "another")
+    names: dict[str, str] = {}
+    for config in configs:
+        name = pathlib.PurePath(config).stem
+        if name in names:
+            raise KgrecError(f"CONFIG: found {names[name]} and {config}, which would both be left in {workdir}/{name}, "
+                             "expected configs of different names; run one of them by itself")
+        names[name] = config
+    failed: dict[str, str] = {}
+    for number, (name, config) in enumerate(names.items(), start=1):
+        say(f"config {config} ({number} of {len(names)}): {pathlib.Path(workdir) / name}")
+        try:
+            run(config, words, str(pathlib.Path(workdir) / name), None, f"kgrec run {config}", help_text, seeds)
+        except Interrupted:
+            raise
+        except KgrecError as error:
+            failed[config] = str(error)
+        except OSError as error:
+            failed[config] = in_words(error)
+        forget_programs()
+    for config, message in failed.items():
+        say(f"kgrec: {config}: {message}")
+    return 2 if failed else 0
+
+
+def forget_programs() -> None:
+    """Compiled programs are closures of the run that made them: those of a finished one would only fill the memory."""
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        jax.clear_caches()
+    gc.collect()
 
 
 def fetch_with_notices(sources: Sequence[str]) -> None:

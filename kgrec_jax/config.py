@@ -64,7 +64,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     beside = here.parent / "configs"
     # In site-packages a neighbour called configs would be somebody else's.
     folder = beside if (here.parent / "pyproject.toml").is_file() and beside.is_dir() else here / "configs"
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))
+    files = sorted(folder.rglob("*.py"), key=lambda file: (len(file.parts), file))  # those of no folder first
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files
             if file.stem != "__init__" and file.parent.name != "finetune"}  # those are of `kgrec finetune`
 
 

@@ -17,6 +17,7 @@ from kgrec_jax.evaluation.plots import draw_plots, plot_controls
 from kgrec_jax.evaluation.ranking import RankingResult
 from kgrec_jax.evaluation.report import Report, make_report, read_report, write_report
 from kgrec_jax.evaluation.render import print_report
+from kgrec_jax.evaluation.seeds import PerUser
 from kgrec_jax.evaluation.tradeoff import lines, measure_tradeoffs, write_tradeoffs
 from kgrec_jax.models.recommender import TOWER
 from kgrec_jax.serving.intake import JOURNAL
@@ -24,6 +25,8 @@ from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import fuse, graph, pretrain
 from kgrec_jax.tracking import write_json
 from kgrec_jax.workdir import FORMAT_VERSION, STAGES, Run, read_experiment_json
+
+PER_USER = "per_user.npz"  # headline metrics of every row and user, which paired comparisons between runs need
 
 
 def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False, until: str = "fuse") -> Report | None:
@@ -33,9 +36,14 @@ def run(experiment: Experiment, workdir: pathlib.Path | str, quiet: bool = False
     """
     if until not in STAGES:
         raise KgrecError(f"until: found {until!r}, expected one of {', '.join(STAGES)}")
-    compilation_cache.enable()
     check(experiment)
-    held = Run.open(workdir, experiment, quiet)
+    return go_on(Run.open(workdir, experiment, quiet), quiet, until)
+
+
+def go_on(held: Run, quiet: bool = False, until: str = "fuse") -> Report | None:
+    """The same for a run that is open."""
+    compilation_cache.enable()
+    experiment = held.experiment
     if experiment.data.path or until != "pretrain":  # a corpus of its own needs no data set
         for note in held.dataset.notes:
             held.tracker.say(f"note: {note}")
@@ -158,6 +166,7 @@ def _fuse_and_report(held: Run, quiet: bool, tradeoff: bool = False, seeds: int 
     judge = Judge.of(held, recommender.histories, recommender.known)
     report, ranked = evaluate(held, recommender, judge, rows, results, wall)
     recommender.save(held.path / "recommender")
+    PerUser.of(ranked).save(held.path / PER_USER)
     draw_plots(report.models, held.path)
     if tradeoff:
         _tradeoffs(held, recommender, judge, quiet)

@@ -13,6 +13,7 @@ from typing import Any
 from kgrec_jax import pipeline
 from kgrec_jax.config import Experiment, to_json
 from kgrec_jax.data.dataset import Split
+from kgrec_jax.data.importers.auto import split_config
 from kgrec_jax.data.interactions import load_split, make_split, save_split
 from kgrec_jax.data.tuning_split import tuning_split
 from kgrec_jax.evaluation.judge import Judge
@@ -44,7 +45,7 @@ class BaseRun(Run):
     @functools.cached_property
     def split(self) -> Split:
         """The old validation part as the test."""
-        folder, cfg = self.path / "split", self.experiment.data.split
+        folder, cfg = self.path / "split", split_config(self.experiment.data)
         if not (folder / "split.json").is_file():
             save_split(tuning_split(self.dataset, make_split(self.dataset, cfg), cfg), self.dataset, folder)
         return load_split(folder, self.dataset)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kgrec_jax.config import Experiment, to_json
 from kgrec_jax.data.dataset import Dataset, Split
-from kgrec_jax.data.importers.auto import read_dataset
+from kgrec_jax.data.importers.auto import read_dataset, split_config
 from kgrec_jax.data.interactions import load_split, make_split, save_split
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.machine import cpu_threads
@@ -92,7 +92,10 @@ class Run:
     @functools.cached_property
     def dataset(self) -> Dataset:
         """The data set; its content must be what the run was begun with."""
-        found = read_dataset(self.experiment.data, self.tracker.say)
+        return self.with_counts_of(read_dataset(self.experiment.data, self.tracker.say))
+
+    def with_counts_of(self, found: Dataset) -> Dataset:
+        """`found`, once its counts are in dataset.json; KgrecError where the run was begun with other data."""
         counts = {"format_version": FORMAT_VERSION, "name": found.name, "hash": found.content_hash(),
                   "users": found.num_users, "items": found.num_items, "interactions": len(found.interactions),
                   "entities": found.graph.num_entities, "triples": len(found.graph.triples),
@@ -110,7 +113,7 @@ class Run:
         folder = self.path / "split"
         if (folder / "split.json").is_file():
             return load_split(folder, self.dataset)
-        split = make_split(self.dataset, self.experiment.data.split)
+        split = make_split(self.dataset, split_config(self.experiment.data))
         save_split(split, self.dataset, folder)
         return split
 
