@@ -34,6 +34,12 @@ def _graph(argv: list[str]) -> int:
     return graph.run(argv)
 
 
+def _recommend(argv: list[str]) -> int:
+    from kgrec_jax.bench import recommend
+
+    return recommend.run(argv)
+
+
 def _scale(argv: list[str]) -> int:
     from kgrec_jax.bench import scale
 
@@ -45,6 +51,8 @@ BENCHES = {
     "language": Bench("masked-LM training and encoding: tokens/s, utilisation, peak memory", _language),
     "graph": Bench("link prediction: training queries/s, sampled positives/s, filtered ranks/s, memory", _graph),
     "peft": Bench("every way to tune an encoder: share, memory, tokens/s, quality on a graph task", _peft),
+    "recommend": Bench("graph recommenders and full ranking beside RecBole: processor seconds, memory, NDCG@10",
+                       _recommend),
     "scale": Bench("a log of millions of rows: seconds and memory of reading, iALS, towers, ranking", _scale),
 }
 

@@ -1,29 +1,24 @@
 """Full ranking of all candidates for every user: exact, tie-aware, in blocks of fixed shape on the device.
 
-The device sorts out the K highest scores of each user and counts whatever ties with the last of them: a few integers a
-user. The metrics follow from those on the host in float64 (`metrics.py`), so that their values depend neither on the
-block size nor on the device. Memory is one block of scores and a number for each metric and user.
+The device sorts out the K highest scores of each user and counts whatever ties with the last of them
+(`ranking_heads.py`): a few integers a user. The metrics follow from those on the host in float64 (`metrics.py`), so
+that their values depend neither on the block size nor on the device. Memory is one block of scores and a number for
+each metric and user.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
 from kgrec_jax.errors import KgrecError
-from kgrec_jax.metrics import per_user_metrics, tied_ranks
+from kgrec_jax.evaluation.ranking_heads import Block, Heads, ScoreBlock, blocks
+from kgrec_jax.metrics import per_user_metrics, recall, tied_ranks
 
-ScoreBlock = Callable[[np.ndarray], "jax.Array | np.ndarray"]  # user rows [b] -> scores [b, I]
-
-_KNOWN, _RELEVANT = 1, 2  # bits of the flags that travel to the device beside a block of scores
-_MAX_SCORES = 2**25  # scores of one block: 128 MB in float32
+_MEASURED = 4096  # users whose metrics are worked out at a time
 _LEVELS = ("low", "middle", "high")
 
 
@@ -47,44 +42,6 @@ class RankingResult:
         return each | self.coverage | self.beyond
 
 
-class _Heads(NamedTuple):
-    """The K best of each user of a block, and what ties with the last of them."""
-
-    values: jax.Array  # [b, K] float32, -inf past the last candidate
-    items: jax.Array  # [b, K] int32
-    relevant: jax.Array  # [b, K] bool
-    count: jax.Array  # [b] int32 candidates of the user, the known ones left out
-    last_size: jax.Array  # [b] int32 candidates whose score equals values[:, -1]
-    last_relevant: jax.Array  # [b, V] int32 relevant ones of those, in each group of items
-    has_nan: jax.Array  # [b] bool
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def _heads(scores: jax.Array, flags: jax.Array, candidates: jax.Array, groups: jax.Array, *, width: int) -> _Heads:
-    scores = scores.astype(jnp.float32)
-    allowed = ((flags & _KNOWN) == 0) & candidates[None, :]  # [b, I]
-    has_nan = jnp.any(allowed & jnp.isnan(scores), axis=1)
-    # A candidate is never -inf, which marks the rest; and top_k sorts -0 below 0, which are one score.
-    limit = jnp.finfo(jnp.float32)
-    scores = jnp.where(scores == 0, jnp.zeros_like(scores), jnp.clip(scores, limit.min, limit.max))
-    scores = jnp.where(allowed, scores, -jnp.inf)
-    # Equal scores come in the order of the rows. Without the barrier XLA merges the slice below into top_k, no longer
-    # sees that it is one, and sorts whole rows: many times slower.
-    values, items = jax.lax.optimization_barrier(jax.lax.top_k(scores, width))  # [b, K]
-    relevant = ((flags & _RELEVANT) != 0) & allowed
-    last = allowed & (scores == values[:, -1:])  # [b, I]
-    counts = [jnp.sum(last & relevant & groups[v][None, :], axis=1) for v in range(groups.shape[0])]
-    return _Heads(
-        values=values,
-        items=items.astype(jnp.int32),
-        relevant=jnp.take_along_axis(relevant, items, axis=1),
-        count=jnp.sum(allowed, axis=1),
-        last_size=jnp.sum(last, axis=1),
-        last_relevant=jnp.stack(counts, axis=1),
-        has_nan=has_nan,
-    )
-
-
 @dataclasses.dataclass
 class _View:
     """One set of candidates and the groups of them that are counted apart; fills up block by block."""
@@ -93,41 +50,60 @@ class _View:
     groups: np.ndarray  # [V, I] bool, the first one all candidates
     ks: tuple[int, ...]
     total: np.ndarray  # [Nu, V] int64 relevant candidates of each user
+    count: np.ndarray  # [Nu] int64 candidates of each user, the known ones left out
+    pending: list[tuple[np.ndarray, ...]] = dataclasses.field(default_factory=list)  # blocks that are not measured yet
+    waiting: int = 0  # users in them
     users: list[np.ndarray] = dataclasses.field(default_factory=list)
-    metrics: list[list[dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)  # a block, a group
+    metrics: list[list[dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)  # some users, a group
     listed: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # k -> [I] bool
-    lists: list[np.ndarray] = dataclasses.field(default_factory=list)  # [b, K] int32 of each block, ties by item row
+    lists: list[np.ndarray] = dataclasses.field(default_factory=list)  # [n, K] int32, ties by item row
 
     @staticmethod
-    def over(
-        candidates: np.ndarray, groups: Sequence[np.ndarray], ks: tuple[int, ...], relevant: sp.csr_matrix
-    ) -> _View:
+    def over(candidates: np.ndarray, groups: Sequence[np.ndarray], ks: tuple[int, ...], relevant: sp.csr_matrix,
+             known: sp.csr_matrix) -> _View:
         stacked = np.stack([candidates, *(candidates & g for g in groups)])
-        total = np.asarray(relevant.astype(np.int64) @ stacked.T.astype(np.int64))
-        return _View(candidates, stacked, ks, total, listed={k: np.zeros(len(candidates), bool) for k in ks})
+        total = np.asarray(relevant @ stacked.T.astype(np.int64))
+        count = int(candidates.sum()) - np.asarray(known @ candidates.astype(np.int64))
+        return _View(candidates, stacked, ks, total, count, listed={k: np.zeros(len(candidates), bool) for k in ks})
 
-    def add(self, users: np.ndarray, heads: _Heads) -> None:
-        """Take in the real (unpadded) first rows of a block."""
-        h = _Heads(*(np.asarray(x)[: len(users)] for x in heads))
-        if h.has_nan.any():
-            raise _nan_error(users[h.has_nan][0])
-        keep = self.total[users, 0] > 0
-        users, h = users[keep], _Heads(*(x[keep] for x in h))
+    def add(self, block: Block, heads: Heads) -> None:
+        """Take in a block, and measure when there are enough users: many small blocks are slow to measure alone."""
+        keep, num_items, width = self.total[block.users, 0] > 0, len(self.candidates), heads.items.shape[1]
+        keys = block.row * num_items + block.item  # rising
+        listed = np.arange(len(keep))[:, None] * num_items + heads.items  # [b, K]
+        place = np.minimum(np.searchsorted(keys, listed), max(len(keys) - 1, 0))
+        relevant = keys[place] == listed if len(keys) else np.zeros(listed.shape, bool)
+        ties = block.scores == heads.values[block.row, width - 1]
+        row, item = block.row[ties], block.item[ties]
+        last = np.stack([np.bincount(row[group[item]], minlength=len(keep)) for group in self.groups], axis=1)
+        self.pending.append(tuple(x[keep] for x in (
+            block.users, heads.values, heads.items, relevant, heads.last_size, last)))
+        self.waiting += int(keep.sum())
+        if self.waiting >= _MEASURED:
+            self.measure()
+
+    def measure(self) -> None:
+        """The metrics of the pending users."""
+        if not self.waiting:
+            return
+        users, values, items, relevant, last_size, last = (np.concatenate(x) for x in zip(*self.pending))
+        self.pending, self.waiting, count = [], 0, self.count[users]
         self.users.append(users)
         by_group = []
         for v, group in enumerate(self.groups):
-            ranks = tied_ranks(
-                h.values, h.relevant & group[h.items], h.count, h.last_size, h.last_relevant[:, v], self.total[users, v]
-            )
-            by_group.append(per_user_metrics(ranks, self.ks))
+            ranks = tied_ranks(values, relevant & group[items], count, last_size, last[:, v], self.total[users, v])
+            # Of the groups beside the first, recall alone is told.
+            by_group.append(per_user_metrics(ranks, self.ks) if v == 0 else
+                            {f"recall@{k}": recall(ranks, k) for k in self.ks})
         self.metrics.append(by_group)
-        exists = np.arange(h.items.shape[1]) < h.count[:, None]
-        self.lists.append(np.where(exists, h.items, -1))
+        exists = np.arange(items.shape[1]) < count[:, None]
+        self.lists.append(np.where(exists, items, -1))
         for k in self.ks:
-            self.listed[k][h.items[:, :k][exists[:, :k]]] = True
+            self.listed[k][items[:, :k][exists[:, :k]]] = True
 
     def result(self) -> RankingResult | None:
         """None where nobody has anything to find among the candidates."""
+        self.measure()
         users = np.concatenate(self.users) if self.users else np.zeros(0, np.int32)
         if not len(users):
             return None
@@ -137,13 +113,7 @@ class _View:
 
     def group(self, v: int) -> dict[str, np.ndarray]:
         """{metric: [n]} of one group of items over all users of the view."""
-        return {name: np.concatenate([block[v][name] for block in self.metrics]) for name in self.metrics[0][v]}
-
-
-def _nan_error(user: int) -> KgrecError:
-    return KgrecError(
-        f"scores of user row {user}: found NaN, expected numbers; the model diverged (lower its learning rate)"
-    )
+        return {name: np.concatenate([some[v][name] for some in self.metrics]) for name in self.metrics[0][v]}
 
 
 def levels(counts: np.ndarray) -> np.ndarray:
@@ -175,31 +145,32 @@ def evaluate_ranking(
     Raises KgrecError where nobody has anything to be found, a relevant item is known, or a score is NaN.
     """
     candidates = np.ones(num_items, bool) if candidates is None else np.asarray(candidates, bool)
-    known, relevant = (known != 0).tocsr(), (relevant != 0).tocsr()
-    fit = known if fit is None else (fit != 0).tocsr()
+    known, relevant = _pairs(known), _pairs(relevant)
+    fit = known if fit is None else _pairs(fit)
     ks = tuple(sorted(ks))
     clash = relevant.multiply(known).nnz
     if clash:
         raise KgrecError(
             f"evaluation: found {clash} held-out pairs that the users already know, expected none; cut the split again"
         )
-    popularity = np.asarray(fit.sum(axis=0)).ravel()  # [I]
+    popularity = np.bincount(fit.indices, minlength=num_items)  # [I]
     item_level = levels(popularity)
-    views = {"all": _View.over(candidates, [item_level == n for n in (1, 2, 3)], ks, relevant)}
+    views = {"all": _View.over(candidates, [item_level == n for n in (1, 2, 3)], ks, relevant, known)}
     is_cold = candidates & (popularity == 0)
     if is_cold.any():
-        views["warm"] = _View.over(candidates & ~is_cold, [], ks, relevant)
-        views["cold"] = _View.over(is_cold, [], ks, relevant)
+        views["warm"] = _View.over(candidates & ~is_cold, [], ks, relevant, known)
+        views["cold"] = _View.over(is_cold, [], ks, relevant, known)
     users = np.flatnonzero(views["all"].total[:, 0] > 0)
     if not len(users):
         raise KgrecError("evaluation: found no user with a held-out item among the candidates, expected at least one")
     width = min(max(ks), num_items)
     active = [view for view in views.values() if view.total[users, 0].any()]
-    for rows, scores, flags in _blocks(score_block, users, known, relevant, num_items, block):
-        for view in active:
-            view.add(rows, _heads(scores, flags, view.candidates, view.groups, width=width))
+    sets = np.stack([view.candidates for view in active])
+    for found in blocks(score_block, users, known, relevant, sets, width, block):
+        for view, heads in zip(active, found.heads, strict=True):
+            view.add(found, heads)
     whole = views["all"].result()
-    activity = levels(np.asarray(fit.sum(axis=1)).ravel())[whole.users]
+    activity = levels(fit.getnnz(axis=1))[whole.users]
     buckets = {"item_popularity": _by_item(views["all"], ks), "user_activity": _by_user(whole, activity)}
     warm, cold = (views["warm"].result(), views["cold"].result()) if is_cold.any() else (whole, None)
     return dataclasses.replace(whole, buckets=buckets, warm=warm, cold=cold)
@@ -229,28 +200,13 @@ def _by_user(result: RankingResult, activity: np.ndarray) -> dict[str, dict[str,
     return out
 
 
-def _blocks(
-    score_block: ScoreBlock,
-    users: np.ndarray,
-    known: sp.csr_matrix,
-    relevant: sp.csr_matrix | None,
-    num_items: int,
-    block: int,
-) -> Iterator[tuple[np.ndarray, jax.Array, np.ndarray]]:
-    """(user rows, scores [b, I], flags [b, I] uint8) of one block after another; b is fixed, the rows may be fewer."""
-    size = max(1, min(block, len(users), _MAX_SCORES // num_items))
-    for start in range(0, len(users), size):
-        rows = users[start : start + size]
-        padded = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int32)
-        scores = score_block(padded)
-        if scores.shape != (size, num_items):
-            raise ValueError(f"score_block gave {scores.shape} for {size} users, expected {(size, num_items)}")
-        flags = np.zeros((size, num_items), np.uint8)
-        for matrix, bit in ((known, _KNOWN), (relevant, _RELEVANT)):
-            if matrix is not None:
-                part = matrix[rows]
-                flags[np.repeat(np.arange(len(rows)), np.diff(part.indptr)), part.indices] |= bit
-        yield rows, jnp.asarray(scores), flags
+def _pairs(matrix: sp.csr_matrix) -> sp.csr_matrix:
+    """What is not 0, each pair once and in order, as bool; the places of a matrix that is so already are not copied."""
+    matrix = matrix.tocsr()
+    if not (matrix.has_canonical_format and matrix.data.all()):
+        matrix = (matrix != 0).tocsr()
+        matrix.sum_duplicates()
+    return sp.csr_matrix((np.ones(matrix.nnz, bool), matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def top_k(
@@ -268,17 +224,13 @@ def top_k(
     Falling by score, equal scores by item row. Where a user has fewer candidates, the rest is item -1 with score -inf.
     """
     candidates = np.ones(num_items, bool) if candidates is None else np.asarray(candidates, bool)
-    known = (known != 0).tocsr()
-    width = min(k, num_items)
+    known, users, width = _pairs(known), np.asarray(users), min(k, num_items)
     items = np.full((len(users), k), -1, np.int32)
     values = np.full((len(users), k), -np.inf, np.float32)
     done = 0
-    for rows, scores, flags in _blocks(score_block, np.asarray(users), known, None, num_items, block):
-        heads = _heads(scores, flags, candidates, candidates[None, :], width=width)
-        if np.asarray(heads.has_nan)[: len(rows)].any():
-            raise _nan_error(rows[np.asarray(heads.has_nan)[: len(rows)]][0])
-        value = np.asarray(heads.values)[: len(rows)]
-        items[done : done + len(rows), :width] = np.where(np.isneginf(value), -1, np.asarray(heads.items)[: len(rows)])
-        values[done : done + len(rows), :width] = value
-        done += len(rows)
+    for found in blocks(score_block, users, known, None, candidates[None], width, block):
+        (heads,), rows = found.heads, slice(done, done + len(found.users))
+        items[rows, :width] = np.where(np.isneginf(heads.values), -1, heads.items)
+        values[rows, :width] = heads.values
+        done += len(found.users)
     return items, values

@@ -38,7 +38,8 @@ class PropagationConfig:
     attention_dim: int  # kgat: K of the space in which heads and tails are compared
     intents: int  # kgin: Q reasons that users may have
     dropout: float  # share of a layer's messages that are dropped in a step
-    free_dropout: float  # share of the items that are in a step as if nobody had touched them: no row, no users
+    free_dropout: float  # share of the items that are in a step as if nobody had touched them: no row, no users, the
+    # graph alone; where there is none, it is 0
     temperature: float  # of the softmax over cosines at the start
 
 
@@ -208,7 +209,7 @@ class Propagation(nn.Module):
         """The tables of all items."""
         items = graph.history.num_sources
         hears = jnp.ones(items, bool)
-        if not deterministic:
+        if not deterministic and self.num_relations:  # without a graph such an item would be nothing at all
             hears = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.cfg.free_dropout, (items,))
             learned = learned & jnp.concatenate([hears, jnp.ones(self.num_nodes - items, bool)])
         there = learned.astype(self.embeddings.dtype)[:, None]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -162,6 +163,25 @@ def build(shape: PropagationConfig, graph: Graph, log: Interactions, num_users: 
     return Propagation(shape, len(learned), relations), Constants(arrays, learned), known
 
 
+def init_params(model: Propagation, key: jax.Array, constants: Constants) -> Any:
+    """The parameters before the first step."""
+    nobody, nothing = np.full(1, constants.graph.history.num_targets, np.int32), np.full((1, 1), -1, np.int32)
+    return model.init(key, constants.graph, constants.learned, nobody, nothing)["params"]
+
+
+def part_maker(model: Propagation, constants: Constants, num_users: int,
+               known: np.ndarray) -> Callable[[Any], PropagationPart]:
+    """Parameters -> the part of the score that they make, with everybody in the graph; compiled at its first call."""
+    tables = jax.jit(functools.partial(model.apply, method=Propagation.tables))
+
+    def make(params: Any) -> PropagationPart:
+        found = jax.device_get(tables({"params": params}, constants.graph, constants.learned,
+                                      jnp.ones(num_users, bool)))
+        return PropagationPart(found.encode, found.decode, found.intents, known)
+
+    return make
+
+
 @dataclasses.dataclass(frozen=True)
 class Propagator:
     """A propagation model that is still to be trained."""
@@ -191,16 +211,10 @@ class Propagator:
         steps = cfg.num_steps(len(np.unique(log.user)))
         source = UserBatches.of(log, num_users, num_steps=steps, batch=cfg.batch, seed=seed)
 
-        def init(key: jax.Array) -> Any:
-            nobody, nothing = np.full(1, num_users, np.int32), np.full((1, 1), -1, np.int32)
-            return model.init(key, constants.graph, constants.learned, nobody, nothing)["params"]
-
         fitted = train.fit(
-            workdir=folder, init_fn=init, loss_fn=functools.partial(loss, cfg, model), constants=constants,
-            source=source, tx=make_optimizer(cfg.optim, steps), seed=seed, mesh=run.mesh, rules=PROPAGATION_RULES,
+            workdir=folder, init_fn=lambda key: init_params(model, key, constants),
+            loss_fn=functools.partial(loss, cfg, model), constants=constants, source=source,
+            tx=make_optimizer(cfg.optim, steps), seed=seed, mesh=run.mesh, rules=PROPAGATION_RULES,
             log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
             label=f"fuse {folder.parent.name} {shape.kind}", tracker=run.tracker)
-        tables = jax.jit(functools.partial(model.apply, method=Propagation.tables))
-        found = jax.device_get(tables({"params": jax.device_get(fitted.params)}, constants.graph, constants.learned,
-                                      jnp.ones(num_users, bool)))
-        return PropagationPart(found.encode, found.decode, found.intents, known)
+        return part_maker(model, constants, num_users, known)(jax.device_get(fitted.params))
