@@ -121,6 +121,7 @@ def test_this_program_alone(folder, capsys):
     assert "reached" in "\n".join(recommend.lines(found))
 
 
+@pytest.mark.slow
 def test_beside_a_peer(folder, tmp_path, capsys):
     words = ["--models", "lightgcn", "--steps", "10", "--every", "5", "--sizes", "50"]
     assert main(["bench", "recommend", "--data", str(folder), "--peer-python", _fake_peer(tmp_path), *words,

@@ -44,6 +44,7 @@ def test_sizes_that_no_log_has(tmp_path, capsys, interactions):
     assert not list(tmp_path.rglob("*.tsv*"))
 
 
+@pytest.mark.slow
 def test_the_whole_way(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on the command line
     words = ["--users", "2000", "--items", "400", "--interactions", "40000", "--dim", "16", "--iterations", "2",

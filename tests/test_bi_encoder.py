@@ -195,7 +195,7 @@ def small_model(**changed):
     return BiEncoder(config, **{"mode": "full"} | changed), bert.init_encoder(config, jax.random.key(0))
 
 
-@pytest.mark.parametrize("mode,towers", [("full", "shared"), ("lora", "two")])
+@pytest.mark.parametrize("mode,towers", [pytest.param("full", "shared", marks=pytest.mark.slow), ("lora", "two")])
 def test_a_step_puts_what_it_encoded_into_the_bank(mode, towers):
     model, given = small_model(mode=mode, towers=towers)
     params, batch = model.init(given, 24, 0.05, jax.random.key(1)), make_source()[0][0]

@@ -206,6 +206,7 @@ def costs(users, table, batch):
     return -sum(w * log[u, t] for u in range(len(users)) for t, w in zip(batch.targets[u], batch.weights[u]) if t >= 0)
 
 
+@pytest.mark.slow
 def test_a_part_scores_as_the_towers_do(pair, tmp_path):
     both = dict(zip(("rich", "poor"), pair))
     logs = {name: data.interactions for name, data in both.items()}

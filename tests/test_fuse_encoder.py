@@ -132,7 +132,7 @@ def source_of(world, candidates=0, items=24, ids=None, mask_share=0.15, multiple
                              multiple=multiple)
 
 
-@pytest.mark.parametrize("candidates", [0, 16])
+@pytest.mark.parametrize("candidates", [0, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_step_reads_its_own_items_first_and_none_twice(world, candidates):
     source = source_of(world, candidates)
     ids = source.ids

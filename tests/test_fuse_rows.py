@@ -164,6 +164,7 @@ def test_rows_are_measured_and_join_the_score_where_asked(tmp_path, few_dims):
     assert "bpr" in pipeline.refit(tmp_path / "run", tmp_path / "again", quiet=True).model.parts
 
 
+@pytest.mark.slow
 def test_ials_takes_the_place_of_ease_that_does_not_fit(tmp_path, few_dims, monkeypatch):
     monkeypatch.setattr(fuse, "skip_reason", lambda items: f"{items} items are too many")
     monkeypatch.setattr(fuse_rows, "skip_reason", lambda items: f"{items} items take hours")

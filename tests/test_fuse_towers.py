@@ -80,7 +80,8 @@ def hits(tower):
 
 
 # Guessing gives 0.04; in these few steps the masked places are still being learned.
-@pytest.mark.parametrize("history, floor", [("sasrec", 0.8), ("gru", 0.6), ("bilstm", 0.8), ("bert4rec", 0.45)])
+@pytest.mark.parametrize("history, floor", [("sasrec", 0.8), ("gru", 0.6), pytest.param("bilstm", 0.8, marks=pytest.mark.slow),
+                                            pytest.param("bert4rec", 0.45, marks=pytest.mark.slow)])
 def test_learns_that_the_last_item_decides(walks, tmp_path, history, floor):
     found = hits(fitted(walks, tmp_path, small(history)))
     assert found > floor, found
@@ -91,7 +92,7 @@ def test_a_mean_cannot_learn_it(walks, tmp_path):
     assert found < 0.2, found
 
 
-@pytest.mark.parametrize("history", ["sasrec", "attention"])
+@pytest.mark.parametrize("history", [pytest.param("sasrec", marks=pytest.mark.slow), "attention"])
 def test_drawn_candidates_order_as_all_items_do(walks, tmp_path, history):
     whole = fitted(walks, tmp_path / "all", small(history))
     drawn = fitted(walks, tmp_path / "drawn", small(history, candidates=16))

@@ -364,6 +364,7 @@ def test_learned_weights_end_at_the_optimum():
     assert float(total(params)) == pytest.approx(sum((1 + np.log(2 * v)) / 2 for v in constant.values()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_learned_weights_begin_at_the_fixed_ones_and_are_logged(tmp_path):
     known, model = features(), Towers(TowerConfig(width=WIDTH, max_history=4), ITEMS)
     rng = np.random.default_rng(0)

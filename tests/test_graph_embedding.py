@@ -219,7 +219,8 @@ def _steps(mesh, tables, loss_fn, batches):
     return values, jax.device_get(tables)
 
 
-@pytest.mark.parametrize(("name", "shared"), [("conve", True), ("simple", False), ("rotate-l1", False)])
+@pytest.mark.parametrize(("name", "shared"), [pytest.param("conve", True, marks=pytest.mark.slow), ("simple", False),
+                                            ("rotate-l1", False)])
 def test_a_mesh_of_eight_devices_equals_one(name, shared):
     model = GraphEmbedding(name, D, N, R, ROWS, ScorerOptions(query_dropout=0.2))
     source = _source(candidates=8, shared=shared)

@@ -123,6 +123,7 @@ def test_learns_what_can_be_known(world, tmp_path, encoder_folder):
     assert "off" in results["text"]["skipped"] and not (tmp_path / "graph" / "encoder").exists()
 
 
+@pytest.mark.slow
 def test_words_alone_find_what_the_texts_say(world, tmp_path, encoder_folder):
     """The texts name genre, director and decade: they tell of a held-out triple what no structure can know."""
     cfg = dataclasses.replace(SMALL, encoder_mode="full", entity_words="name-and-text", text_steps=250, text_length=40, text_batch=32,
@@ -177,6 +178,7 @@ def test_interactions_never_matter(world, tmp_path, encoder_folder, finished):
         assert results["link_prediction"] == finished[1]["link_prediction"]
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_is_not_left_again(world, tmp_path, encoder_folder):
     cfg = dataclasses.replace(SMALL, steps=10, text_steps=4, encoder_mode="frozen")
     results, _ = train(tmp_path, world, encoder_folder, cfg)
@@ -338,6 +340,7 @@ def test_rules_of_the_training_triples_join_the_mixture(world, tmp_path, encoder
         stage.check(bad)
 
 
+@pytest.mark.slow
 def test_the_bi_encoder_joins_the_mixture_and_reads_unseen_entities(world, tmp_path, encoder_folder):
     pair = graph_bi_encoder.Config(mode="full", batch=16, steps=30, length=16, refresh=16, checkpoint_every=0,
                                    optim=OptimConfig(peak_lr=3e-3))

@@ -94,6 +94,7 @@ def taken_and_given_back(made, entity_known, say=lambda line: None):
     return whole, again, np.array([again.item_ids.index(item) for item in whole.item_ids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entity_known", [True, False])
 def test_an_item_that_joins_gets_what_a_cold_item_has(made, entity_known):
     whole, again, order = taken_and_given_back(made, entity_known)
@@ -122,6 +123,7 @@ def test_an_item_that_joins_gets_what_a_cold_item_has(made, entity_known):
         np.testing.assert_allclose(again.intake.entity[order], whole.intake.entity[:len(order)])
 
 
+@pytest.mark.slow
 def test_queries_and_reasons_are_those_of_a_cold_item(made):
     whole, again, order = taken_and_given_back(made, True)
     cold = made[1]
@@ -137,6 +139,7 @@ def test_queries_and_reasons_are_those_of_a_cold_item(made):
     np.testing.assert_allclose([r["score"] for r in near], [r["score"] for r in there], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_never_saw_the_items_says_the_same_of_them(made):
     world, cold, whole, folder, new = made
     again = add_items(Recommender.load(folder), read_new_items(new, DataConfig()), "new", lambda line: None)
@@ -215,6 +218,7 @@ def test_a_graph_takes_items_in():
         join(old, small_graph(["i1"], [], [], 1), {})
 
 
+@pytest.mark.slow
 def test_bad_input(made, tmp_path):
     _, _, whole, folder, new = made
     said = []
@@ -253,6 +257,7 @@ def test_bad_input(made, tmp_path):
         add_items(whole, wide, "new", said.append)
 
 
+@pytest.mark.slow
 def test_on_the_command_line_and_back(made, tmp_path, capsys):
     _, cold, whole, folder, new = made
     before = Recommender.load(folder)
@@ -284,6 +289,7 @@ def test_on_the_command_line_and_back(made, tmp_path, capsys):
         remove_items(left, ["nothing"])
 
 
+@pytest.mark.slow
 def test_an_older_recommender_is_read_and_says_what_to_do(made, tmp_path):
     _, _, _, folder, new = made
     shutil.copytree(folder / "recommender", tmp_path / "recommender")

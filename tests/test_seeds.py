@@ -181,6 +181,7 @@ def test_two_seeds_are_two_runs_on_data_read_once(twice):
     assert parts[0] == parts[1]
 
 
+@pytest.mark.slow
 def test_a_further_seed_is_what_it_would_be_by_itself(twice, tmp_path):
     experiment, folder, _ = twice
     alone = pipeline.run(dataclasses.replace(experiment, seed=5), tmp_path / "alone", quiet=True)

@@ -217,18 +217,18 @@ NO_GRAPH, NO_TEXT = "the data set has no triples", "neither items nor entities h
 QUICK = {
     "no graph": Variant(without(*GRAPH_FILES), skipped={"graph": NO_GRAPH}, rows=("text", "features"),
                         absent=("graph",)),
+    "korean": Variant(korean, skipped={"pretrain": "n-grams", "graph": NO_GRAPH}, rows=("text", "features"), text=True),
+    "cold items, drawn": Variant(plain, SplitConfig(kind="cold-items"), rows=("features",)),
+}
+SLOW = {
     "interactions alone": Variant(interactions_alone, skipped={"graph": NO_GRAPH, "pretrain": NO_TEXT,
                                                                "text": "no item",
                                                                "features": "no item"},
                                   absent=("graph", "text", "features"), text=True),
-    "korean": Variant(korean, skipped={"pretrain": "n-grams", "graph": NO_GRAPH}, rows=("text", "features"), text=True),
     "gaps": Variant(gaps, notes=("repeat a pair", "users of the log", "7 of 57 items have no text"),
                     rows=("graph", "text", "features"), text=True),
     "five users": Variant(small(5, 8)),
-    "cold items, drawn": Variant(plain, SplitConfig(kind="cold-items"), rows=("features",)),
     "fixed, with valid": Variant(fixed(True), SplitConfig(kind="fixed")),
-}
-SLOW = {
     "no item texts": Variant(ids_and_graph, rows=("graph",), absent=("text",), text=True),
     "no items.tsv": Variant(without("items.tsv"), rows=("graph",), absent=("text",)),
     "pairs alone": Variant(pairs_alone),
