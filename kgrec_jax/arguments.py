@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Collection, Sequence
 
 from kgrec_jax.errors import KgrecError
 
@@ -74,3 +75,16 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         return math.nan
+
+
+def split_flags(argv: Sequence[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
+    """(the `flags` with their values, all other words: a config and its fields) of a command that has both."""
+    own: list[str] = []
+    rest: list[str] = []
+    into = rest
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--"):
+            into = own if flag in flags else rest
+        into.append(word)
+    return own, rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from kgrec_jax.arguments import Parser
+from kgrec_jax.arguments import Parser, split_flags
 from kgrec_jax.errors import KgrecError
 
 HELP = """Several dataset folders in one run: towers, encoder and graph that all share, and heads of each domain.
@@ -28,7 +28,7 @@ stopped."""
 
 def domains(argv: Sequence[str]) -> int:
     """`kgrec domains CONFIG --folders A B --workdir RUN`: prints where the report is."""
-    parser, (own, rest) = _parser(), split_arguments(argv)
+    parser, (own, rest) = _parser(), split_flags(argv, ("--folders", "--workdir"))
     if not rest and ("-h" in own or "--help" in own) or list(argv[:1]) in (["-h"], ["--help"]):
         parser.print_help()
         return 0
@@ -50,19 +50,6 @@ def domains(argv: Sequence[str]) -> int:
     run(experiment, args.folders, folder)
     print(f"{folder / 'report.md'}")
     return 0
-
-
-def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the arguments of the command, the config and its fields)."""
-    own: list[str] = []
-    rest: list[str] = []
-    into = rest
-    for word in argv:
-        flag = word.partition("=")[0]
-        if flag.startswith("--"):
-            into = own if flag in ("--folders", "--workdir") else rest
-        into.append(word)
-    return own, rest
 
 
 def _parser() -> Parser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from kgrec_jax.arguments import Parser, positive
+from kgrec_jax.arguments import Parser, positive, split_flags
 from kgrec_jax.errors import KgrecError
 
 HELP = """Search the hyper-parameters of a config on the validation part of its data.
@@ -26,7 +26,7 @@ where it stopped; with more --trials it searches further."""
 
 def tune(argv: Sequence[str]) -> int:
     """`kgrec tune CONFIG --out OUT`: prints where the best config is."""
-    parser, (own, rest) = _parser(), split_arguments(argv)
+    parser, (own, rest) = _parser(), split_flags(argv, ("--out", "--trials", "--metric", "--space"))
     if not rest and ("-h" in own or "--help" in own):
         parser.print_help()
         return 0
@@ -61,19 +61,6 @@ def tune(argv: Sequence[str]) -> int:
               else f"  --{path.replace('_', '-')} {value}")
     say(f"kgrec run {out / 'best.py'} --workdir RUN trains and measures it")
     return 0
-
-
-def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the arguments of the search, the config and its fields)."""
-    own: list[str] = []
-    rest: list[str] = []
-    into = rest
-    for word in argv:
-        flag = word.partition("=")[0]
-        if flag.startswith("--"):
-            into = own if flag in ("--out", "--trials", "--metric", "--space") else rest
-        into.append(word)
-    return own, rest
 
 
 def _parser() -> Parser:

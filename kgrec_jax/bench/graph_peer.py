@@ -8,7 +8,8 @@ negative a positive (SLCWA), filtered ranks of test triples. Batches are timed i
 import argparse
 import json
 import sys
-import time
+
+from peer_clock import clocks, peak_mb, say, since
 
 try:
     import numpy as np
@@ -109,28 +110,6 @@ class Peer:
         taken = since(began)
         mrr = found.get_metric("both.realistic.inverse_harmonic_mean_rank")
         return taken | {"count": 2 * len(self.test[:triples]), "mrr": float(mrr)}
-
-
-def clocks():
-    """Seconds on the wall, and processor seconds of all threads of this process."""
-    return time.perf_counter(), time.process_time()
-
-
-def since(began):
-    """What both clocks have run since."""
-    wall, processor = clocks()
-    return {"seconds": wall - began[0], "cpu_s": processor - began[1]}
-
-
-def peak_mb():
-    """Peak resident memory of this process in MB."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def say(answer):
-    """One line of JSON on the standard output, at once."""
-    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import sys
-import time
 import types
 import warnings
+
+from peer_clock import clocks, peak_mb, say, since
 
 warnings.filterwarnings("ignore")
 os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # RecBole pickles its configuration into a checkpoint
@@ -245,31 +246,6 @@ def scatter_mean(src, index, dim=0, dim_size=None):
     size = dim_size or int(index.max()) + 1
     sums = torch.zeros(size, src.shape[1], dtype=src.dtype).index_add(0, index, src)
     return sums / torch.bincount(index, minlength=size).clamp(min=1)[:, None]
-
-
-# --- clocks ---------------------------------------------------------------------------------------------------------
-
-
-def clocks():
-    """Seconds on the wall, and processor seconds of all threads of this process."""
-    return time.perf_counter(), time.process_time()
-
-
-def since(began):
-    """What both clocks have run since."""
-    wall, processor = clocks()
-    return {"seconds": wall - began[0], "cpu_s": processor - began[1]}
-
-
-def peak_mb():
-    """Peak resident memory of this process in MB."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def say(answer):
-    """One line of JSON on the standard output, at once."""
-    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
