@@ -107,17 +107,19 @@ def test_among_many_items_equal_scores_keep_their_order_and_are_counted(num_item
     scores = rng.integers(0, 12, (9, num_items)).astype(np.float32)
     scores[:3] += rng.normal(size=(3, num_items)).astype(np.float32)  # no ties
     scores[3:5, 5:] = -50.0  # fewer candidates ahead of the rest than places
+    scores[5, 2:] = -np.inf  # candidates all the same
+    lowest = np.maximum(scores, np.finfo(np.float32).min)
     role = rng.choice(3, scores.shape, p=[0.6, 0.3, 0.1])
     candidates = rng.random(num_items) < 0.9
     allowed = (role != 1) & candidates
     arguments = dict(known=sp.csr_matrix(role == 1), num_items=num_items, candidates=candidates, block=4)
     items, values = top_k(lambda users: scores[users], users=np.arange(9), k=7, **arguments)
-    order = np.argsort(-np.where(allowed, scores, -np.inf), axis=1, kind="stable")[:, :7]
+    order = np.argsort(-np.where(allowed, lowest, -np.inf), axis=1, kind="stable")[:, :7]
     np.testing.assert_array_equal(items, order)
-    np.testing.assert_array_equal(values, np.take_along_axis(scores, order, axis=1))
+    np.testing.assert_array_equal(values, np.take_along_axis(lowest, order, axis=1))
     found = evaluate_ranking(lambda users: scores[users], relevant=sp.csr_matrix(role == 2), ks=(7,), **arguments)
     for n, user in enumerate(found.users):
-        mine = np.where(allowed[user], scores[user], -np.inf)
+        mine = np.where(allowed[user], lowest[user], -np.inf)
         wanted = np.flatnonzero((role[user] == 2) & candidates)
         # An item with a better ones ahead of it and s equal ones, itself included, is listed with this probability.
         chance = [np.clip((7 - (mine > mine[i]).sum()) / (mine == mine[i]).sum(), 0, 1) for i in wanted]

@@ -138,7 +138,8 @@ def evaluate_ranking(
 ) -> RankingResult:
     """Rank all candidates for every user who has a relevant one among them.
 
-    score_block: user rows [b] -> scores [b, I], always called with the same b (the last block repeats a user).
+    score_block: user rows [b] -> scores [b, I], always called with the same b (the last block repeats a user); an array
+    of JAX is used up, so it has to be a new one each time.
     known [Nu, I]: left out of each user's list. relevant [Nu, I]: to be found. candidates [I] bool: default all items.
     fit [Nu, I]: what the model was fitted on (default: known); it says which items are warm and which cold, and cuts
     items by popularity and users by activity into thirds.

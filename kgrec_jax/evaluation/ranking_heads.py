@@ -1,8 +1,8 @@
 """The best candidates of a block of users, found on the device: exact, equal scores in the order of the items' rows.
 
-One pass over a block of scores masks it, one more finds the highest score of each short run of items. The K best stand
-in the K best runs, so that only those are sorted. What is known and what is to be found travels as lists of pairs, and
-what comes back is a few numbers a user.
+One pass over a block of scores finds the highest one of each short run of items. The K best stand in the K best runs,
+so that only those are sorted. What is known and what is to be found travels as lists of pairs, what is known is marked
+in the scores' own place, and what comes back is a few numbers a user: nothing but the scores has their size.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import scipy.sparse as sp
 
 from kgrec_jax.errors import KgrecError
 
-ScoreBlock = Callable[[np.ndarray], "jax.Array | np.ndarray"]  # user rows [b] -> scores [b, I]
+# User rows [b] -> scores [b, I]; an array of JAX must be a new one each time, for it is used up.
+ScoreBlock = Callable[[np.ndarray], "jax.Array | np.ndarray"]
 
-_MAX_SCORES = 2**25  # scores of one block: 128 MB in float32
+_MAX_SCORES = 2**25  # of one block: 128 MB in float32
+# On processors 8 MB, or 32 users where these are more: memory beyond 32 MB goes back to the system after each block and
+# comes again page by page, which takes as long as the ranking.
+_NEAR_SCORES, _NEAR_USERS = 2**21, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,50 +61,74 @@ def blocks(
     Known items are left out. The first set holds all others. Raises KgrecError for a score that is NaN.
     """
     num_items = sets.shape[1]
-    size = max(1, min(block, len(users), _MAX_SCORES // num_items))
+    size = min(block, len(users), block_size(num_items))
     starts = range(0, len(users), size)
     left_out, found = (_Pairs.of(matrix, users, starts, size) for matrix in (known, relevant))
-    on_device = jnp.asarray(sets)
+    on_device, everything = jnp.asarray(sets), tuple(sets.all(axis=1).tolist())
+    count = sets.sum(axis=1) - known @ sets.T.astype(np.int64)  # [Nu, V]
     for start in starts:
         rows = users[start : start + size]
         padded = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int32)
-        scores = score_block(padded)
-        if scores.shape != (size, num_items):
-            raise ValueError(f"score_block gave {scores.shape} for {size} users, expected {(size, num_items)}")
         row, item = found.block(rows)
-        masked, (values, items, at) = _search(jnp.asarray(scores), *left_out.padded(*left_out.block(rows)),
-                                              *found.padded(row, item), on_device, width=width)
-        values, items, at = np.asarray(values), np.asarray(items), np.asarray(at)[: len(row)]
+        pairs = *left_out.padded(*left_out.block(rows)), *found.padded(row, item)
+        for least in (-np.inf, np.finfo(np.float32).min):
+            scores = _fresh(score_block(padded), (size, num_items), least)
+            left, best = _search(scores, *pairs, on_device, width=width, everything=everything)
+            values, items, at = map(np.asarray, best)
+            # A candidate whose score is -inf looks like what is left out; it does not once it is raised a little.
+            exists = np.arange(width) < count[rows].T[:, :, None]  # [V, b, K]
+            if not (np.isneginf(values[:, : len(rows), :width]) & exists).any():
+                break
         if (values[0, : len(rows), 0] == np.inf).any():
             raise _nan_error(rows[values[0, : len(rows), 0] == np.inf][0])
-        heads = tuple(_heads(masked, sets[v], values[v], items[v], width, len(rows)) for v in range(len(sets)))
-        yield Block(rows, heads, row, item, at)
+        heads = tuple(_heads(left, sets[v], values[v], items[v], width, len(rows)) for v in range(len(sets)))
+        yield Block(rows, heads, row, item, at[: len(row)])
 
 
-def _heads(masked: jax.Array, chosen: np.ndarray, values: np.ndarray, items: np.ndarray, width: int,
+def block_size(num_items: int) -> int:
+    """How many users at most are ranked at a time."""
+    if jax.default_backend() == "cpu":
+        return max(_NEAR_SCORES // num_items, min(_NEAR_USERS, _MAX_SCORES // num_items), 1)
+    return max(_MAX_SCORES // num_items, 1)
+
+
+def _fresh(scores: jax.Array | np.ndarray, shape: tuple[int, int], least: float) -> jax.Array:
+    """A block of scores as float32 that may be used up, none below `least`."""
+    if scores.shape != shape:
+        raise ValueError(f"score_block gave {scores.shape} for {shape[0]} users, expected {shape}")
+    if not (isinstance(scores, jax.Array) and scores.dtype == jnp.float32):
+        scores = jnp.array(scores, jnp.float32)
+    return scores if np.isneginf(least) else jnp.maximum(scores, jnp.float32(least))
+
+
+def _heads(left: jax.Array, chosen: np.ndarray, values: np.ndarray, items: np.ndarray, width: int,
            count: int) -> Heads:
     """The first `count` rows; where the score of the last place goes on beyond it, its candidates are counted."""
     last = values[:, width - 1]  # [b]
     size = (values[:, :width] == last[:, None]).sum(axis=1)
     if (values[:count, width] == last[:count])[np.isfinite(last[:count])].any():
-        size = np.asarray(_count(masked, chosen, last)).astype(np.int64)
+        size = np.asarray(_count(left, chosen, last)).astype(np.int64)
     return Heads(values[:count, :width], items[:count, :width], size[:count])
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def _search(scores, known_row, known_item, relevant_row, relevant_item, sets, *, width):
-    """(masked scores [b, I], ([V, b, K + 1] the highest scores, their items, the scores of the relevant pairs))."""
-    # A candidate is never -inf, which marks the rest, nor inf, which marks a NaN; and top_k sorts -0 below 0, which
-    # are one score.
-    limit = jnp.finfo(jnp.float32)
-    scores = scores.astype(jnp.float32)
-    scores = jnp.where(scores == 0, jnp.zeros_like(scores), jnp.clip(scores, limit.min, limit.max))
-    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
-    scores = jnp.where(sets[:1], scores, -jnp.inf).at[known_row, known_item].set(-jnp.inf, mode="drop")
-    best = [_highest(scores if v == 0 else jnp.where(sets[v : v + 1], scores, -jnp.inf), width + 1)
+@functools.partial(jax.jit, static_argnames=("width", "everything"), donate_argnums=0)
+def _search(scores, known_row, known_item, relevant_row, relevant_item, sets, *, width, everything):
+    """(scores [b, I] without the known, ([V, b, K + 1] the highest, their items, the scores of the relevant pairs)).
+
+    The scores are given away: what is known becomes -inf in their place. `everything`: which sets hold all items; for
+    these, nothing else of the size of the scores is made.
+    """
+    scores = scores.at[known_row, known_item].set(-jnp.inf, mode="drop")
+    best = [_highest(scores if everything[v] else jnp.where(sets[v], scores, -jnp.inf), width + 1)
             for v in range(sets.shape[0])]
-    at = scores.at[relevant_row, relevant_item].get(mode="fill", fill_value=-jnp.inf)
+    at = _comparable(scores.at[relevant_row, relevant_item].get(mode="fill", fill_value=-jnp.inf))
     return scores, (jnp.stack([values for values, _ in best]), jnp.stack([items for _, items in best]), at)
+
+
+def _comparable(scores: jax.Array) -> jax.Array:
+    """The scores in one order: a NaN is inf, an inf the highest number; and top_k sorts -0 below 0, which are equal."""
+    scores = jnp.where(scores == 0, jnp.zeros_like(scores), jnp.minimum(scores, jnp.finfo(scores.dtype).max))
+    return jnp.where(jnp.isnan(scores), jnp.inf, scores)
 
 
 def _highest(scores: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
@@ -111,17 +139,17 @@ def _highest(scores: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """
     users, num_items = scores.shape
     run = 1 << int(max(np.log2(num_items / width), 0.0) / 2 + 0.5)  # a power of two: its maximum is vectorised
-    number = -(-num_items // run)
     if run < 3:
-        values, items = _top_k(scores, min(width, num_items))
+        values, items = _top_k(_comparable(scores), min(width, num_items))
         values = jnp.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=-jnp.inf)
         return values, jnp.pad(items, ((0, 0), (0, width - items.shape[1])))
-    padded = jnp.pad(scores, ((0, 0), (0, number * run - num_items)), constant_values=-jnp.inf)
-    highest = padded.reshape(users, number, run).max(axis=2)
-    chosen = jnp.sort(_top_k(highest, width)[1], axis=1)  # [b, width]
+    # The plain maximum of the plain scores: XLA would write down anything else before it takes the maximum.
+    highest = jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, (1, run), (1, run), ((0, 0), (0, -num_items % run)))
+    best = jnp.sort(_top_k(_comparable(highest), width)[1], axis=1)  # [b, width]
     # Gathered item by item: gathered run by run, XLA would lay out all scores anew.
-    within = (chosen[:, :, None] * run + jnp.arange(run)[None, None, :]).reshape(users, width * run)
-    values, place = _top_k(jnp.take_along_axis(padded, within, axis=1), width)
+    within = (best[:, :, None] * run + jnp.arange(run)[None, None, :]).reshape(users, width * run)
+    found = jnp.take_along_axis(scores, within, axis=1, mode="clip")
+    values, place = _top_k(jnp.where(within < num_items, _comparable(found), -jnp.inf), width)
     return values, jnp.minimum(jnp.take_along_axis(within, place, axis=1), num_items - 1)
 
 
@@ -132,9 +160,9 @@ def _top_k(scores: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def _count(masked: jax.Array, chosen: jax.Array, last: jax.Array) -> jax.Array:
+def _count(left: jax.Array, chosen: jax.Array, last: jax.Array) -> jax.Array:
     """[b] how many candidates have the score `last` [b]."""
-    return jnp.sum((masked == last[:, None]) & chosen[None, :], axis=1)
+    return jnp.sum((_comparable(left) == last[:, None]) & chosen[None, :], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
