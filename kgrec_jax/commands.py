@@ -124,15 +124,16 @@ def overridden(default: Any, words: Sequence[str], prog: str, help_text: str) ->
 
     from kgrec_jax.config import check_arguments, fields_of
 
+    as_told = (tyro.conf.FlagConversionOff,)  # every field takes a value, those that are True or False too
     if "-h" in words or "--help" in words:
         with contextlib.suppress(SystemExit):
-            tyro.cli(type(default), args=["--help"], default=default, prog=prog, description=help_text)
+            tyro.cli(type(default), args=["--help"], default=default, prog=prog, description=help_text, config=as_told)
         return None
     check_arguments(words, fields_of(type(default)))
     heard = io.StringIO()  # what tyro would draw as a box
     try:
         with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
-            return tyro.cli(type(default), args=list(words), default=default, prog=prog)
+            return tyro.cli(type(default), args=list(words), default=default, prog=prog, config=as_told)
     except SystemExit:
         lines = [line.strip("│╭╮╰╯─ ") for line in heard.getvalue().splitlines()]
         said = "; ".join(line for line in lines if line)
@@ -183,8 +184,8 @@ def recommend(args: argparse.Namespace) -> int:
     held = Recommender.load(args.run)
     ids = known_candidates(candidates, held.item_ids, args.candidates) if candidates is not None else None
     if held.held_out:
-        say(f"note: {held.held_out:,} interactions were held out to measure; their items may appear "
-            "(kgrec refit learns from them)")
+        say(f"note: {held.held_out:,} interactions were held out to measure; their items may appear"
+            f"{' (kgrec refit learns from them)' if held.can_refit else ''}")
     if args.all_users:
         write_ranked(out, held.user_ids, held.item_ids, *held.all_users(args.k, ids, **again))
         return 0

@@ -120,7 +120,7 @@ class Field:
     """A leaf of a config's tree."""
 
     name: str  # dotted, with underscores
-    kind: Any  # the type as written: str, int, float, Literal[…] or tuple[…, ...]
+    kind: Any  # the type as written: str, int, float, bool, Literal[…] or tuple[…, ...]
 
     @property
     def flag(self) -> str:
@@ -136,6 +136,8 @@ class Field:
         """The type in words."""
         if typing.get_origin(self.kind) is typing.Literal:
             return "one of " + ", ".join(map(str, typing.get_args(self.kind)))
+        if self.kind is bool:
+            return "True or False"
         if not self.many:
             return self.kind.__name__
         inner = typing.get_args(self.kind)[0]
@@ -148,6 +150,8 @@ class Field:
         kind = typing.get_args(self.kind)[0] if self.many else self.kind
         if typing.get_origin(kind) is typing.Literal:
             return word in map(str, typing.get_args(kind))
+        if kind is bool:
+            return word in ("True", "False")
         try:
             return kind not in (int, float) or math.isfinite(kind(word))
         except (ValueError, OverflowError):
@@ -160,6 +164,8 @@ class Field:
             return isinstance(value, tuple) and all(inner.holds(v) for v in value)
         if typing.get_origin(self.kind) is typing.Literal:
             return value in typing.get_args(self.kind)
+        if self.kind is bool:
+            return isinstance(value, bool)
         return not isinstance(value, bool) and isinstance(value, (int, float) if self.kind is float else self.kind)
 
 

@@ -19,10 +19,12 @@ name is its domain's. Entities and relations with equal ids are one row of the s
 entity_id have the same neighbours; ids that are bare numbers, and entity_ids whose items have other names, stay apart.
 --data.split.items is looked for in each folder.
 
-Every domain is first trained alone (RUN/alone/NAME, an ordinary run for kgrec recommend), its towers for as many steps
-as the shared ones. Then the shared towers are trained and join each domain's fused score as the part `domains`. RUN is
-left with report.json and report.md: for each domain its own towers beside the shared ones and the fused score without
-and with them, among all, warm and cold items, with paired standard errors. The same command goes on where it
+Every domain is first trained alone (RUN/alone/NAME, an ordinary run), its towers for as many steps as the shared ones.
+Then the shared towers are trained and join each domain's fused score as the part `domains`; RUN/joined/NAME is left for
+kgrec recommend. As a control the shared towers and their heads are also trained on each domain alone (RUN/single/NAME),
+which takes the training of towers and tables once more; --domains.control False leaves it out. RUN is left with
+report.json and report.md: for each domain the shared towers beside these and beside its own ones, and the fused score
+with each and without, among all, warm and cold items, with paired standard errors. The same command goes on where it
 stopped."""
 
 

@@ -22,6 +22,7 @@ from kgrec_jax.tracking import Tracker, write_json
 
 FORMAT_VERSION = 1
 STAGES = ("pretrain", "graph", "fuse")
+DOMAINS = "domains.json"  # config and domains of a run of several, in its folder
 _FREE = ("mesh", "data.path")  # what may differ when a run goes on, beside logging; data are compared by content
 
 
@@ -177,6 +178,13 @@ def read_experiment_json(path: pathlib.Path) -> dict:
     """experiment.json of a run folder."""
     file = path / "experiment.json"
     if not file.is_file():
+        at = path.resolve()
+        whole = next((p for p in (at, *at.parents[:2]) if (p / DOMAINS).is_file()), None)
+        if whole is not None:  # its pieces are runs that only `kgrec domains` can go on with
+            alone = whole / "alone" / at.name
+            raise KgrecError(f"{path}: found what kgrec domains made, expected the run of one data set; use "
+                             f"{alone if alone.is_dir() else alone.with_name('NAME')}, the domain's ordinary run; the "
+                             f"figures of all domains are in {whole / 'report.md'}")
         raise KgrecError(f"{path}: found no experiment.json, expected a run folder; begin one with "
                          f"kgrec run CONFIG --workdir {path}")
     held = read_json(file)

@@ -10,19 +10,23 @@ from domain_world import ITEMS, SHAPE, USERS, content_of, some_run, training, tw
 from tiny_encoder import make_tiny_encoder
 
 from kgrec_jax import cli
-from kgrec_jax.config import Experiment
+from kgrec_jax.commands import overridden
+from kgrec_jax.config import Experiment, from_json
 from kgrec_jax.data.dataset import Interactions
 from kgrec_jax.data.folder import DataConfig, write_folder
+from kgrec_jax.data.history_batches import HistoryBatches
 from kgrec_jax.data.toy import known_answer
 from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.significance import paired_difference
 from kgrec_jax.models.domain_towers import HeadsConfig
 from kgrec_jax.models.recommender import histories_of
 from kgrec_jax.models.tower_config import TowerConfig
+from kgrec_jax.serving.recommender import Recommender
 from kgrec_jax.stages import domains, fuse, graph, pretrain
 from kgrec_jax.stages.domains_towers import fit_shared
 from kgrec_jax.stages.fuse_gate import GateConfig
 from kgrec_jax.stages.fuse_towers import fit_towers
+from kgrec_jax.workdir import Run
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,7 @@ def command(folders, words, names=("rich", "poor")):
     (("rich", "poor"), ("--fuse.tower.candidates", "9"), "fuse.tower.candidates: found 9, expected 0"),
     (("rich", "poor"), ("--pretrain.mode", "scratch"), "pretrain.mode: found scratch"),
     (("rich", "poor"), ("--fuse.encoder", "lora"), "fuse.encoder: found lora, expected frozen"),
+    (("rich", "poor"), ("--domains.control", "off"), "--domains.control: found 'off', expected True or False"),
     (("rich", "poor"), ("--data.path", "x"), "data.path: found x, expected none")])
 def test_bad_input_is_one_line(folders, capsys, names, words, said):
     assert cli.main(command(folders, words, names)) == 2
@@ -123,6 +128,13 @@ def test_what_the_command_line_lacks(folders, capsys):
     assert cli.main(["domains", "--help"]) == 0 and "--folders" in capsys.readouterr().out
 
 
+def test_the_control_is_switched_off_by_its_field():
+    default = domains.DomainsExperiment()
+    assert default.domains.control
+    for words, control in ((["--domains.control", "False"], False), (["--domains.control", "True"], True), ([], True)):
+        assert overridden(default, words, "kgrec domains", "").domains == domains.Config(control=control)
+
+
 def test_another_config_or_other_domains_are_refused(tmp_path):
     one = domains.DomainsExperiment()
     domains.open_folder(tmp_path / "run", one, ["a", "b"], True)
@@ -130,6 +142,8 @@ def test_another_config_or_other_domains_are_refused(tmp_path):
     with pytest.raises(KgrecError, match="found a run with another domains.heads.experts"):
         other = domains.Config(HeadsConfig(experts=9))
         domains.open_folder(tmp_path / "run", dataclasses.replace(one, domains=other), ["a", "b"], True)
+    later = domains.Config(control=False)  # a control can be run later, or never
+    domains.open_folder(tmp_path / "run", dataclasses.replace(one, domains=later), ["a", "b"], True)
     with pytest.raises(KgrecError, match="found a run of a, b, expected one of a, c"):
         domains.open_folder(tmp_path / "run", one, ["a", "c"], True)
     (tmp_path / "used").mkdir()
@@ -141,21 +155,25 @@ def test_another_config_or_other_domains_are_refused(tmp_path):
 # --- a whole run --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_whole_run_stops_and_goes_on(pair, folders, tmp_path, monkeypatch):
-    encoder = make_tiny_encoder(tmp_path / "bert", [*pair[0].item_texts, *pair[0].graph.entity_names])
-    experiment = domains.DomainsExperiment.of(Experiment(
+def small(encoder, **fields):
+    return domains.DomainsExperiment.of(Experiment(
         encoder=str(encoder), data=DataConfig(), pretrain=pretrain.Config(mode="off"),
         graph=graph.Config(dim=8, steps=6, batch=32, encoder_mode="off"),
         fuse=fuse.Config(tower=TowerConfig(width=8, max_history=8), steps=6, batch=16, text_length=16,
-                         gate=GateConfig(steps=8, batch=16))), domains.Config(HeadsConfig("ple", width=8)))
+                         gate=GateConfig(steps=8, batch=16))), domains.Config(HeadsConfig("ple", width=8), **fields))
+
+
+@pytest.mark.slow
+def test_a_whole_run_stops_and_goes_on(pair, folders, tmp_path, monkeypatch):
+    encoder = make_tiny_encoder(tmp_path / "bert", [*pair[0].item_texts, *pair[0].graph.entity_names])
+    experiment = small(encoder)
     both = [folders / "rich", folders / "poor"]
     whole = domains.run(experiment, both, tmp_path / "whole", quiet=True)
     learn, calls = domains.domains_judge.learn, []
 
     def breaks(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the second domain's gate, once the first one's and its control's are learned
             raise KeyboardInterrupt
         return learn(*args)
 
@@ -163,7 +181,9 @@ def test_a_whole_run_stops_and_goes_on(pair, folders, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         domains.run(experiment, both, tmp_path / "broken", quiet=True)
     monkeypatch.setattr(domains.domains_judge, "learn", learn)
-    again = domains.run(experiment, both, tmp_path / "broken", quiet=True)
+    with monkeypatch.context() as patched:  # all towers are trained: what goes on draws no users any more
+        patched.setattr(HistoryBatches, "__getitem__", None)
+        again = domains.run(experiment, both, tmp_path / "broken", quiet=True)
     held = json.loads((tmp_path / "broken" / "report.json").read_text())
     text = (tmp_path / "broken" / "report.md").read_text()
     assert set(held["domains"]) == {"rich", "poor"} and "## rich" in text and "## poor" in text
@@ -173,10 +193,56 @@ def test_a_whole_run_stops_and_goes_on(pair, folders, tmp_path, monkeypatch):
         # The control is the domain's ordinary run, to the last digit.
         assert found["models"]["fused alone"]["all"]["ndcg@10"] == own["models"]["fusion"]["ndcg@10"]
         assert found["models"]["own towers"]["all"]["ndcg@10"] == own["models"]["sequence"]["ndcg@10"]
-        for pair_name, (one, control) in domains.domains_judge.PAIRS.items():
+        for pair_name, (one, control) in domains.domains_judge.pairs(True).items():
             for view, by in found["paired"][pair_name].items():
                 for metric, told in by.items():
                     difference = found["models"][one][view][metric] - found["models"][control][view][metric]
                     assert told["difference"] == pytest.approx(difference, abs=1e-9)
         assert sum(found["gate"]["weights"].values()) == pytest.approx(1.0, abs=1e-5)
         assert "domains" in found["gate"]["weights"]
+        assert_served(tmp_path / "broken", name, found)
+    # A finished run is read, and nothing of it is computed.
+    monkeypatch.setattr(domains.domains_judge, "measure", None)
+    monkeypatch.setattr(domains, "trained_parts", None)
+    assert domains.run(experiment, both, tmp_path / "broken", quiet=True)["domains"] == held["domains"]
+
+
+def assert_served(folder, name, found):
+    """The recommender that a run leaves of a domain has the lists that the report measured, by a count of its own."""
+    held = Recommender.load(folder / "joined" / name)
+    assert held.model.names[-1] == "domains" and held.intake is None
+    base = Run.open(folder / "alone" / name, from_json(Experiment, json.loads(
+        (folder / "alone" / name / "experiment.json").read_text())["config"]), quiet=True)
+    test = base.split.test.matrix(len(held.user_ids), len(held.item_ids))
+    items, _ = held.all_users(20)
+    recall, ndcg = [], []
+    for user in np.flatnonzero(test.getnnz(axis=1)):
+        hits = np.isin(items[user], test[user].indices)
+        best = min(test[user].nnz, 10)
+        recall.append(hits.sum() / test[user].nnz)
+        ndcg.append((hits[:10] / np.log2(np.arange(2, 12))).sum() / (1 / np.log2(np.arange(2, best + 2))).sum())
+    figures = found["models"]["fused with domains"]["all"]
+    assert len(recall) == figures["users"] and held.held_out == test.nnz
+    assert np.mean(ndcg) == pytest.approx(figures["ndcg@10"], abs=1e-6)
+    assert np.mean(recall) == pytest.approx(figures["recall@20"], abs=1e-6)
+    for user in held.user_ids[:3]:
+        entry = held.recommend(user=user, k=1)[0]
+        assert entry["item_id"] == held.item_ids[items[held.user_ids.index(user), 0]] and "domains" in entry["parts"]
+
+
+@pytest.mark.slow
+def test_a_control_can_be_run_later(pair, folders, tmp_path):
+    encoder = make_tiny_encoder(tmp_path / "bert", [*pair[0].item_texts, *pair[0].graph.entity_names])
+    without, both = small(encoder, control=False), [folders / "rich", folders / "poor"]
+    first = domains.run(without, both, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "single").exists()
+    assert "was not run" in (tmp_path / "run" / "report.md").read_text()
+    after = domains.run(small(encoder, control=True), both, tmp_path / "run", quiet=True)
+    for name, found in after["domains"].items():
+        assert set(found["paired"]) == {"towers", "fused", "own towers", "fused alone"}
+        for model, figures in first["domains"][name]["models"].items():
+            assert found["models"][model] == figures
+        # The control is another training: of the same kind, on one domain.
+        assert found["models"]["shared towers on one domain"] != found["models"]["shared towers"]
+        assert found["control_gate"]["weights"] != found["gate"]["weights"]
+        assert (tmp_path / "run" / "single" / name / "graph" / "tables").is_dir()

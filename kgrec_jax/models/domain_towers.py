@@ -153,6 +153,16 @@ class DomainPart:
     item_vectors: np.ndarray  # [I_d, D] of the domain's space: what is scored
     known: np.ndarray  # [I_d] bool
 
+    def for_serving(self) -> DomainPart:
+        """The same with only the parameters that a history's vector is made of: no item tower, and of the heads those
+        of users that this domain reads."""
+        model = DomainTowers(self.cfg, self.heads, self.starts)
+        read = jax.eval_shape(
+            lambda key, own: model.init(key, own, np.full((1, 1), -1, np.int32), self.domain,
+                                        method=DomainTowers.user_vectors)["params"],
+            jax.random.key(0), jax.ShapeDtypeStruct(self.shared_vectors.shape, np.float32))
+        return dataclasses.replace(self, params=_taken(self.params, read))
+
     def user_vectors(self, history: sp.csr_matrix) -> np.ndarray:
         """[b, D] for histories [b, I_d], read as sets and whole, however long."""
         history = sp.csr_matrix(history)
@@ -170,6 +180,12 @@ class DomainPart:
     def scores(self, history: sp.csr_matrix) -> np.ndarray:
         """[b, I_d] float32 for histories [b, I_d]."""
         return self.user_vectors(history) @ self.item_vectors.T
+
+
+def _taken(params: Mapping, like: Mapping) -> dict:
+    """Of a tree of parameters, those that another tree has."""
+    return {name: _taken(params[name], below) if isinstance(below, Mapping) else params[name]
+            for name, below in like.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -32,7 +32,7 @@ from kgrec_jax.serving.new_features import (
 from kgrec_jax.serving.new_graph import Joined, join, reordered
 from kgrec_jax.serving.query import QueryIndex
 from kgrec_jax.serving.recommender import Recommender
-from kgrec_jax.serving.resize import along, resized_model, with_rows
+from kgrec_jax.serving.resize import along, check_resizable, resized_model, with_rows
 from kgrec_jax.stages import item_features
 
 Say = Callable[[str], None]
@@ -113,6 +113,8 @@ def drop_items(held: Recommender, rows: np.ndarray) -> Recommender:
 
 
 def _intake_of(held: Recommender) -> Intake:
+    for part in held.model.parts.values():
+        check_resizable(part)
     if held.intake is None:
         raise KgrecError("recommender: found none of what new items need, expected a recommender that this version of "
                          "kgrec wrote; write it again with kgrec evaluate RUN or kgrec refit RUN OUT")

@@ -32,6 +32,7 @@ PART_WORDS = {
     "sequence": "follows from what you chose last",
     "user-knn": "chosen by users with a history like yours",
     "collaborative": "chosen by users with a history like yours",
+    "domains": "fits your history, by what several catalogues have taught",
     **dict.fromkeys(("ials", "slim", "bpr"), "chosen by users with a history like yours"),
     "tfidf": "its words fit your history",
 }

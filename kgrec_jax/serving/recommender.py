@@ -24,6 +24,7 @@ from kgrec_jax.errors import KgrecError
 from kgrec_jax.evaluation.beyond_accuracy import ItemVectors, ListMeasures
 from kgrec_jax.evaluation.ranking import top_k
 from kgrec_jax.linear.parts import Factors, Part
+from kgrec_jax.models.domain_towers import DomainPart, HeadsConfig
 from kgrec_jax.models.media_towers import MediaTowerConfig, TrainedMedia
 from kgrec_jax.models.propagation import PropagationPart
 from kgrec_jax.models.recommender import FusedModel, Histories, Scale, TowerPart, histories_of
@@ -34,6 +35,7 @@ from kgrec_jax.serving.intake import Added, Block, Intake
 from kgrec_jax.serving.query import QueryEncoder, QueryIndex
 from kgrec_jax.serving.rerank import CANDIDATES, Material, Rerank
 from kgrec_jax.stages.graph import training_graph
+from kgrec_jax.workdir import DOMAINS
 
 Say = Callable[[str], None]
 _NEAREST = 5  # titles that an error suggests
@@ -98,6 +100,9 @@ class Recommender:
 
         Raises KgrecError where there is none, or where a file of it is missing, damaged or of another version.
         """
+        if (pathlib.Path(path) / DOMAINS).is_file():
+            raise KgrecError(f"{path}: found a run of several domains, expected one of them; give "
+                             f"{pathlib.Path(path) / 'joined' / 'NAME'} with the name of a domain")
         folder = Recommender.folder(path)
         held = store.load(folder, CLASSES)
         if not isinstance(held, Recommender):
@@ -110,6 +115,11 @@ class Recommender:
         """Where the recommender of a run is; a recommender's own folder will do for a run."""
         path = pathlib.Path(path)
         return path if (path / store.MANIFEST).is_file() else path / "recommender"
+
+    @property
+    def can_refit(self) -> bool:
+        """Whether `kgrec refit` makes one of its run; it does not train towers of several domains."""
+        return not any(isinstance(part, DomainPart) for part in self.model.parts.values())
 
     @functools.cached_property
     def _user_rows(self) -> dict[str, int]:
@@ -336,9 +346,9 @@ class Recommender:
 
 
 # What a recommender's folder may hold: every kind of part, and what is around them.
-CLASSES = (*typing.get_args(Part), PropagationPart, Added, Block, Categories, FusedModel, Graph, Histories, ImageForm,
-           Intake, MediaTowerConfig, QueryEncoder, QueryIndex, Recommender, Scale, SoundForm, TfidfSvd, TfidfWords,
-           TowerConfig, TowerPart, TrainedMedia)
+CLASSES = (*typing.get_args(Part), DomainPart, PropagationPart, Added, Block, Categories, FusedModel, Graph,
+           HeadsConfig, Histories, ImageForm, Intake, MediaTowerConfig, QueryEncoder, QueryIndex, Recommender, Scale,
+           SoundForm, TfidfSvd, TfidfWords, TowerConfig, TowerPart, TrainedMedia)
 
 
 def _check_k(k: int) -> None:

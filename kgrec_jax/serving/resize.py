@@ -18,6 +18,7 @@ from kgrec_jax.linear.parts import (
     UserFactors,
     UserNeighbours,
 )
+from kgrec_jax.models.domain_towers import DomainPart
 from kgrec_jax.models.propagation import PropagationPart
 from kgrec_jax.models.recommender import FusedModel, TowerPart
 
@@ -53,11 +54,20 @@ def with_rows(array: np.ndarray, first: int, rows: np.ndarray) -> np.ndarray:
     return out
 
 
-def resized(part: Any, keep: np.ndarray, blank: int) -> Any:
-    """A part of the score over the items `keep` and `blank` further ones."""
+def check_resizable(part: Any) -> None:
+    """KgrecError for a part of the score that items cannot join or leave."""
+    if isinstance(part, DomainPart):
+        raise KgrecError("recommender: found one of a run of several domains (part domains), which keeps no tower that "
+                         "could read new items, expected that of a domain alone; use RUN/alone/NAME of the run of "
+                         "kgrec domains in place of RUN/joined/NAME")
     if type(part) not in ITEM_AXES:
         raise KgrecError(f"recommender: found a part of the kind {type(part).__name__}, which items cannot join, "
                          f"expected one of {', '.join(kind.__name__ for kind in ITEM_AXES)}; run it again with them")
+
+
+def resized(part: Any, keep: np.ndarray, blank: int) -> Any:
+    """A part of the score over the items `keep` and `blank` further ones."""
+    check_resizable(part)
     changed = {}
     for field, axes in ITEM_AXES[type(part)].items():
         changed[field] = getattr(part, field)

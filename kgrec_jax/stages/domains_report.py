@@ -1,14 +1,21 @@
-"""What several domains in one run were worth, in words: a section for each, the domain alone as its control."""
+"""What several domains in one run were worth, in words: a section for each, beside the domain alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kgrec_jax.stages.domains_judge import METRICS, PAIRS, VIEWS
+from kgrec_jax.stages.domains_judge import METRICS, VIEWS
 
 _TITLES = {"ndcg@10": "NDCG@10", "recall@20": "Recall@20"}
-_SAID = {"towers": "shared towers − own towers, the same steps and users a step",
-         "fused": "fused score with the part `domains` − without"}
+_SAID = {"towers": "shared towers − the same towers on this domain alone",
+         "fused": "fused score with the part `domains` − with the part of those towers",
+         "own towers": "shared towers − own towers, the same steps and users a step",
+         "fused alone": "fused score with the part `domains` − without"}
+_CONTROL = ("The control is the shared towers and heads trained on this domain alone, on tables of its own graph, with "
+            "the same users in as many steps and a gate learned in the same way: what differs is the other domains. "
+            "Own towers are of another architecture, and the fused score without the part has one part less.")
+_NO_CONTROL = ("The control, the same towers trained on this domain alone, was not run (domains.control): the "
+               "differences are also those of another architecture and of one part more.")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -18,9 +25,10 @@ def markdown(report: dict[str, Any]) -> str:
            f"Heads: {shared['heads']['kind']}. Steps: {shared['steps']:,}, in each {shared['users_a_step']} users of "
            "every domain; a domain's own towers were trained for as many.", "", *shared["notes"], ""]
     for name, found in report["domains"].items():
+        told = _CONTROL if "towers" in found["paired"] else _NO_CONTROL
         out += [f"## {name}", "", f"{found['users']:,} users, {found['items']:,} items, {found['interactions']:,} "
                 f"interactions, split {found['split']}.", "", *found["notes"], "", *_models(found), "",
-                *_paired(found), "", _gate(found), ""]
+                *_paired(found), "", told, "", _gate(found), ""]
     return "\n".join(out)
 
 
@@ -28,8 +36,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     """The paired differences for a terminal, a line each."""
     out = []
     for name, found in report["domains"].items():
-        for pair in PAIRS:
-            said = [f"{view} {_difference(found['paired'][pair][view]['ndcg@10'])}" for view in _views(found)]
+        for pair, by in found["paired"].items():
+            said = [f"{view} {_difference(by[view]['ndcg@10'])}" for view in _views(found)]
             out.append(f"{name}: {_SAID[pair]}: NDCG@10 {', '.join(said)}")
     return out
 

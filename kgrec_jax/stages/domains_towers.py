@@ -130,7 +130,7 @@ def fit_shared(shape: TowerConfig, heads: HeadsConfig, cfg: TowerTraining, steps
         workdir=folder, init_fn=lambda key: init(model, features, key), loss_fn=functools.partial(loss, cfg, model),
         constants=features, source=source, tx=make_optimizer(cfg.optim, steps), seed=seed, mesh=run.mesh,
         rules=REPLICATED, log_every=cfg.log_every, checkpoint_every=cfg.checkpoint_every,
-        label=f"domains {folder.name}", tracker=run.tracker)
+        label=f"domains {folder.parent.name} {folder.name}", tracker=run.tracker)
     params = jax.device_get(fitted.params)
     known = np.any([np.asarray(p) for n, p in features.present.items() if n != "graph" or len(features.head)], axis=0)
 
