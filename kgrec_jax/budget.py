@@ -167,10 +167,11 @@ def _graph(experiment: Any, dataset: Dataset, reader: _Reader, strange: str) -> 
 def _fuse(cfg: fuse.Config, dataset: Dataset, reader: _Reader, tokenizer: Tokenizer | None, strange: str) -> Budget:
     items = dataset.num_items
     steps = cfg.training.num_steps(len(np.unique(dataset.interactions.user)))
-    words, seconds = [f"2 × {steps:,} of {cfg.batch} users + {cfg.gate.steps} of the gate"], 10.0
+    towers = 2 * cfg.ensemble
+    words, seconds = [f"{towers} × {steps:,} of {cfg.batch} users + {cfg.gate.steps} of the gate"], 10.0
     places = 1.0 if cfg.tower.trained_on == "hidden-share" else cfg.tower.max_history / 3.0  # told in a history
     against = min(cfg.tower.candidates or items, items)
-    seconds += 2 * (3.0 + steps * 24.0 * cfg.batch * places * against * cfg.tower.width / _TOWER_FLOPS)
+    seconds += towers * (3.0 + steps * 24.0 * cfg.batch * places * against * cfg.tower.width / _TOWER_FLOPS)
     if cfg.propagator is not None:
         passes = cfg.propagator.training.num_steps(len(np.unique(dataset.interactions.user)))
         words.append(f"2 × {passes:,} of {cfg.propagation}")

@@ -57,7 +57,8 @@ SPACE: dict[str, Domain] = {
 _FIXED = ("data", "mesh", "name", "seed", "fuse.eval_users")
 _EXPECTED = "PATH=LOW..HIGH, PATH=LOW..HIGH:log, PATH=LOW..HIGH:STEP or PATH=VALUE,VALUE"
 # Fields on which neither the texts' vectors nor the settings of the closed forms depend.
-_AFTER_CHOICES = ("fuse.tower", "fuse.optim", "fuse.cf_weight", "fuse.steps", "fuse.batch", "fuse.gate")
+_AFTER_CHOICES = ("fuse.tower", "fuse.ensemble", "fuse.optim", "fuse.cf_weight", "fuse.steps", "fuse.batch",
+                  "fuse.gate")
 
 
 def parse_space(words: Sequence[str]) -> dict[str, Domain]:

@@ -6,6 +6,8 @@ import signal
 
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", MPLBACKEND="Agg")
+# Tests compile thousands of small programs and run each a few times: a fourth of the suite went into optimising them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # A shell that starts the suite in the background leaves Ctrl-C ignored, in every child too; some tests are about it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -96,10 +96,10 @@ def test_a_language_that_the_tokenizer_does_not_know(world, tmp_path):
 def test_what_is_chosen_beside_the_usual_is_counted(world):
     usual = stage_budgets(Experiment(), world)
     cfg = Experiment(graph=graph.Config(rules="on", bi_encoder=graph_bi_encoder.Config(mode="full", steps=70)),
-                     fuse=fuse.Config(propagation="kgin", propagation_steps=80))
+                     fuse=fuse.Config(propagation="kgin", propagation_steps=80, ensemble=3))
     found = stage_budgets(cfg, world)
     assert "+ 70 of 128 queries and answers" in found["graph"].steps and found["graph"].steps.endswith("+ rules")
-    assert "2 × 80 of kgin" in found["fuse"].steps
+    assert "2 × 80 of kgin" in found["fuse"].steps and found["fuse"].steps.startswith("6 × ")
     assert all(found[name].seconds > usual[name].seconds for name in ("graph", "fuse"))
 
 

@@ -39,6 +39,7 @@ def wrong(argv, capsys):
 class Fake:
     """A recommender that remembers what it was asked."""
 
+    can_refit = True
     user_ids: tuple = ("u1", "u2")
     item_ids: tuple = ("a", "b", "c")
     held_out: int = 12

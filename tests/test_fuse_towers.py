@@ -16,6 +16,7 @@ from kgrec_jax.data.dataset import Interactions
 from kgrec_jax.data.folder import DataConfig, write_folder
 from kgrec_jax.data.history_batches import PlaceBatches
 from kgrec_jax.data.toy import toy_world
+from kgrec_jax.errors import KgrecError
 from kgrec_jax.models.recommender import TOWER
 from kgrec_jax.models.tower_config import TowerConfig
 from kgrec_jax.models.towers import FREE, ItemFeatures
@@ -153,6 +154,11 @@ def test_resumes_to_the_same_towers(walks, tmp_path, monkeypatch):
     monkeypatch.setattr(PlaceBatches, "__getitem__", drawn)
     again = fit(folder=tmp_path / "broken")
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+
+def test_an_ensemble_reads_by_one_encoder():
+    with pytest.raises(KgrecError, match="fuse.ensemble: found 2 with fuse.encoder lora"):
+        fuse.check(fuse.Config(ensemble=2, encoder="lora"))
 
 
 @pytest.mark.slow

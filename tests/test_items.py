@@ -20,6 +20,7 @@ from kgrec_jax.errors import KgrecError
 from kgrec_jax.linear import ridge
 from kgrec_jax.linear.ease import ease
 from kgrec_jax.linear.parts import ItemWeights, Part
+from kgrec_jax.models.recommender import TOWER
 from kgrec_jax.models.towers import TowerConfig
 from kgrec_jax.serving import additions, resize
 from kgrec_jax.serving.additions import add_items, drop_items, remove_items
@@ -77,10 +78,24 @@ def made(tmp_path_factory):
         experiment = Experiment(
             encoder=str(encoder), data=DataConfig(path=str(root / name)), pretrain=pretrain.Config(mode="off"),
             graph=graph.Config(dim=16, steps=30, batch=64, encoder_mode="off"),
-            fuse=fuse.Config(tower=TowerConfig(width=16, max_history=16), steps=30, batch=32, text_length=32,
-                             gate=GateConfig(steps=40, batch=32)))
+            fuse=fuse.Config(tower=TowerConfig(width=16, max_history=16), ensemble=2, steps=30, batch=32,
+                             text_length=32, gate=GateConfig(steps=40, batch=32)))
         pipeline.run(experiment, root / f"run-{name}", quiet=True)
     return world, cold, Recommender.load(root / "run-whole"), root / "run-without", root / "new"
+
+
+def test_the_towers_of_an_ensemble_differ_and_their_scores_add_up(made):
+    whole, cold = made[2], made[1]
+    tower, own = whole.model.tower, whole.histories.take(np.arange(5))
+    first, second = tower.members
+    assert np.abs(first.item_vectors - second.item_vectors).max() > 0.1
+    alone = [dataclasses.replace(one, others=()).scores(own.sequence) for one in (first, second)]
+    np.testing.assert_allclose(whole.model.raw(own, TOWER), alone[0] + alone[1], atol=1e-5)
+    kept = np.setdiff1d(np.arange(whole.model.num_items), cold)
+    fewer = resize.resized_tower(tower, kept, 2)
+    for one, before in zip(fewer.members, tower.members, strict=True):
+        np.testing.assert_array_equal(one.item_vectors[:len(kept)], before.item_vectors[kept])
+        assert not one.item_vectors[len(kept):].any()
 
 
 def taken_and_given_back(made, entity_known, say=lambda line: None):

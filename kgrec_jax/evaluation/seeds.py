@@ -183,6 +183,9 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if lines:
         yield from (f"- {line}" for line in lines)
         yield ""
+        yield ("The best of the others is the one of the highest mean on these very test users, so that a difference is, "
+               "if anything, too small.")
+        yield ""
     for side in SIDES:
         held = {name: entry[side] for name, entry in models.items() if side in entry}
         if held and any(SIDES[1] in entry for entry in models.values()):

@@ -69,14 +69,20 @@ class TowerPart:
     item_parts: Mapping[str, np.ndarray]  # {part: [I, D]}, adding up to the item's vector
     known: np.ndarray  # [I] bool
     tuned: TunedTexts | None = None  # None where the encoder did not learn along
+    others: tuple[TowerPart, ...] = ()  # further members of an ensemble, whose scores are added
+
+    @property
+    def members(self) -> tuple[TowerPart, ...]:
+        """All towers that count together, these first."""
+        return (self, *self.others)
 
     def user_vectors(self, sequence: np.ndarray) -> np.ndarray:
-        """[b, D] for histories [b, H]."""
+        """[b, D] of these towers for histories [b, H]."""
         return np.asarray(_user_vectors(self.cfg, len(self.known), self.params, self.item_vectors, sequence))
 
     def scores(self, sequence: np.ndarray) -> np.ndarray:
-        """[b, I] for histories [b, H]."""
-        return self.user_vectors(sequence) @ self.item_vectors.T
+        """[b, I] for histories [b, H], the sum over the members (a deep ensemble; Lakshminarayanan et al. 2017)."""
+        return sum(one.user_vectors(sequence) @ one.item_vectors.T for one in self.members)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -154,7 +154,7 @@ def block_features(intake: Intake, joined: Joined, links: Neighbours, rows: list
 
 
 def with_tower_vectors(tower: TowerPart, dense: Mapping[str, np.ndarray], entity: np.ndarray | None, intake: Intake,
-           joined: Joined, links: Neighbours) -> TowerPart:
+                       joined: Joined, links: Neighbours) -> TowerPart:
     """The towers with the vectors of the new items, which come last: all parts but the free row."""
     count = len(links.indptr) - 1
     first = len(tower.known) - count
@@ -183,4 +183,6 @@ def with_tower_vectors(tower: TowerPart, dense: Mapping[str, np.ndarray], entity
              for name, held in tower.item_parts.items()}
     known = np.any([np.asarray(there) for name, there in present.items() if name in found], axis=0)
     total = with_rows(tower.item_vectors, first, sum(part[first:] for part in parts.values()))
-    return dataclasses.replace(tower, item_parts=parts, known=with_rows(tower.known, first, known), item_vectors=total)
+    others = tuple(with_tower_vectors(other, dense, entity, intake, joined, links) for other in tower.others)
+    return dataclasses.replace(tower, item_parts=parts, known=with_rows(tower.known, first, known), item_vectors=total,
+                               others=others)

@@ -83,6 +83,7 @@ def resized_tower(tower: TowerPart, keep: np.ndarray, blank: int) -> TowerPart:
     return dataclasses.replace(
         tower, params=tower.params if items is None else {**tower.params, "items": items},
         item_vectors=along(tower.item_vectors, 0, keep, blank), known=along(tower.known, 0, keep, blank),
+        others=tuple(resized_tower(other, keep, blank) for other in tower.others),
         item_parts={name: along(part, 0, keep, blank) for name, part in tower.item_parts.items()})
 
 

@@ -64,10 +64,11 @@ def check(experiment: DomainsExperiment) -> None:
     if tower.candidates:
         raise KgrecError(f"fuse.tower.candidates: found {tower.candidates}, expected 0: towers of several domains tell "
                          "a target from all items of its domain")
-    for field, expected in (("encoder", "frozen"), ("loss_weights", "fixed")):
+    for field, expected in (("encoder", "frozen"), ("loss_weights", "fixed"), ("ensemble", 1)):
         if getattr(experiment.fuse, field) != expected:
             raise KgrecError(f"fuse.{field}: found {getattr(experiment.fuse, field)}, expected {expected}: towers of "
-                             "several domains read texts that are encoded once, under given weights of the loss")
+                             "several domains are one pair, which reads texts that are encoded once, under given weights of "
+                             "the loss")
     if experiment.pretrain.mode == "scratch":
         raise KgrecError("pretrain.mode: found scratch, expected another: domains share one encoder, and each would "
                          "make its own; train it first and give it as encoder")

@@ -49,6 +49,7 @@ class Config:
     """What the fusion stage fits."""
 
     tower: TowerConfig = TowerConfig()  # shape of the towers
+    ensemble: int = 1  # towers that are trained one after the other, each from its own beginning, and count together
     steps: int = 0  # of the towers; 0: forty passes over the users, 300 to 1200
     batch: int = 128  # users of a step
     optim: OptimConfig = OptimConfig(peak_lr=5e-3, weight_decay=1e-4)  # of the towers
@@ -138,8 +139,8 @@ def _read(path: pathlib.Path, build: Callable[[Any], Any]) -> Any:
 def check(cfg: Config) -> None:
     """KgrecError naming the first field that no training can do anything with."""
     many = 1 << 30
-    bounds = {"steps": (0, many), "batch": (1, many), "rec_weight": (0.0, 1e6), "cf_weight": (0.0, 1e6),
-              "mlm_weight": (0.0, 1e6), "encoder_items": (1, many), "encoder_rank": (1, many),
+    bounds = {"ensemble": (1, 64), "steps": (0, many), "batch": (1, many), "rec_weight": (0.0, 1e6),
+              "cf_weight": (0.0, 1e6), "mlm_weight": (0.0, 1e6), "encoder_items": (1, many), "encoder_rank": (1, many),
               "encoder_alpha": (0.0, 1e6), "text_length": (3, many),
               "eval_users": (0, many), "tower.width": (1, many), "tower.layers": (1, 1000), "tower.heads": (1, many),
               "tower.max_history": (1, many), "tower.part_dropout": (0.0, 0.99), "tower.free_dropout": (0.0, 0.99),
@@ -152,6 +153,9 @@ def check(cfg: Config) -> None:
               **{f"media.{name}": bound for name, bound in MEDIA_BOUNDS.items()},
               **{f"propagation_{name}": bound for name, bound in PROPAGATION_BOUNDS.items()}}
     check_bounds("fuse", cfg, bounds)
+    if cfg.ensemble > 1 and cfg.encoder != "frozen":
+        raise KgrecError(f"fuse.ensemble: found {cfg.ensemble} with fuse.encoder {cfg.encoder}, expected 1, or an "
+                         "encoder that is frozen: a query and a new item are read by one encoder")
     optimizers = ("optim", "encoder_optim", "gate.optim", "propagation_optim", "bpr.optim", "media.optim")
     check_optimizers("fuse", cfg, optimizers)
     check_towers(cfg.tower)
@@ -192,7 +196,7 @@ def prepare(experiment: Any, run: Any, linear: LinearChoice | None = None) -> tu
         kernel, l2 = ridge.combine(kernels, choices.content), choices.content.l2
     fitter = Fitter(cfg.tower, cfg.training, run, content, kernel, l2, choices.linear, experiment.seed, cfg.propagator,
                     FurtherRows.of(cfg), tuple(choices.skipped), choices.content,
-                    EncoderTraining.of(experiment, run, choices.text_source))
+                    EncoderTraining.of(experiment, run, choices.text_source), cfg.ensemble)
     return fitter, choices
 
 

@@ -50,6 +50,7 @@ class Fitter:
     without: tuple[str, ...] = ()  # closed forms that are left out, as a log of this size takes them too long
     choice: ridge.Choice | None = None  # how `kernel` was made
     encoder: EncoderTraining | None = None  # what of an encoder learns with the towers; None: nothing
+    ensemble: int = 1  # how many towers are trained, each from a beginning of its own, and count together
 
     @property
     def num_items(self) -> int:
@@ -108,7 +109,11 @@ class Fitter:
         features = self.features(log)
         if self.encoder is not None:
             return fit_text_towers(self.shape, self.training, self.encoder, features, log, folder, self.run, self.seed)
-        return fit_towers(self.shape, self.training, features, log, folder, self.run, self.seed)
+        places = [(folder, self.seed), *((folder.with_name(f"{folder.name}_{n}"), _member_seed(self.seed, n))
+                                         for n in range(1, self.ensemble))]
+        first, *others = (fit_towers(self.shape, self.training, features, log, place, self.run, seed)
+                          for place, seed in places)
+        return dataclasses.replace(first, others=tuple(others))
 
     def with_texts(self, vectors: np.ndarray) -> Fitter:
         """The same with other text vectors [I, d], under the weights that were chosen for the first ones."""
@@ -135,6 +140,11 @@ class Fitter:
         matrix = log.matrix(self.run.dataset.num_users, self.num_items)
         tower = tower or self.tower(log, folder)
         return FusedModel(fused, tower, gate, (*fused, TOWER), matrix.getnnz(axis=0), scale_of(matrix)), parts
+
+
+def _member_seed(seed: int, member: int) -> int:
+    """A seed for a member of an ensemble that is no other run's."""
+    return int(np.random.SeedSequence([seed, member]).generate_state(1)[0] >> 1)
 
 
 def kernels_of(content: ItemContent, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
