@@ -13,6 +13,7 @@ Without ties the values are those of the textbook definitions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,36 @@ class TiedRanks:
     relevant_above: np.ndarray  # [n, K] int64
     relevant_in: np.ndarray  # [n, K] int64
     total: np.ndarray  # [n] int64 relevant candidates of the user, listed or not
+
+    @functools.cached_property
+    def chance(self) -> np.ndarray:
+        """[n, K] probability that the item at each place is relevant."""
+        return self.relevant_in / np.maximum(self.size, 1)
+
+    @functools.cached_property
+    def first_hit(self) -> np.ndarray:
+        """[n, K] probability that the first relevant item of the list stands at each place.
+
+        Nothing relevant so far, a place in its group has been preceded by `before` irrelevant items, so it is relevant
+        with probability relevant_in / (size - before): sampling without replacement.
+        """
+        before = np.arange(self.size.shape[1]) - self.above
+        hazard = np.minimum(self.relevant_in / np.maximum(self.size - before, 1), 1.0)
+        none_before = np.ones_like(hazard)
+        np.cumprod(1.0 - hazard[:, :-1], axis=1, out=none_before[:, 1:])
+        return none_before * hazard
+
+    @functools.cached_property
+    def precision_gain(self) -> np.ndarray:
+        """[n, K] expected precision at each place where it is relevant, else 0.
+
+        Given a relevant item at a place, each of the `before` others ahead of it in its group is relevant with
+        probability (relevant_in - 1) / (size - 1).
+        """
+        place = np.arange(1, self.size.shape[1] + 1)
+        others = (self.relevant_in - 1) / np.maximum(self.size - 1, 1)
+        hits_to_here = self.relevant_above + 1 + (place - 1 - self.above) * others
+        return self.chance * hits_to_here / place
 
 
 def tied_ranks(
@@ -68,71 +99,43 @@ def tied_ranks(
     )
 
 
-def _chance(ranks: TiedRanks, k: int) -> np.ndarray:
-    """[n, ≤k] probability that the item at each place is relevant."""
-    return ranks.relevant_in[:, :k] / np.maximum(ranks.size[:, :k], 1)
-
-
 def _per_relevant(value: np.ndarray, most: np.ndarray) -> np.ndarray:
     """`value / most`, and 0 for a user with nothing relevant."""
     return np.where(most > 0, value / np.maximum(most, 1e-300), 0.0)
 
 
-def _first_hit(ranks: TiedRanks, k: int) -> np.ndarray:
-    """[n, ≤k] probability that the first relevant item of the list stands at each place.
-
-    Nothing relevant so far, a place in its group has been preceded by `before` irrelevant items, so it is relevant with
-    probability relevant_in / (size - before): sampling without replacement.
-    """
-    before = np.arange(ranks.size[:, :k].shape[1]) - ranks.above[:, :k]
-    left = np.maximum(ranks.size[:, :k] - before, 1)
-    hazard = np.minimum(ranks.relevant_in[:, :k] / left, 1.0)
-    none_yet = np.cumprod(1.0 - hazard, axis=1)
-    none_before = np.concatenate([np.ones((len(hazard), 1)), none_yet[:, :-1]], axis=1)
-    return none_before * hazard
-
-
 def recall(ranks: TiedRanks, k: int) -> np.ndarray:
     """[n] share of the user's relevant items among the first k."""
-    return _per_relevant(_chance(ranks, k).sum(axis=1), ranks.total)
+    return _per_relevant(ranks.chance[:, :k].sum(axis=1), ranks.total)
 
 
 def precision(ranks: TiedRanks, k: int) -> np.ndarray:
     """[n] share of the k places that hold a relevant item; a place that no candidate fills is a miss."""
-    return _chance(ranks, k).sum(axis=1) / k
+    return ranks.chance[:, :k].sum(axis=1) / k
 
 
 def ndcg(ranks: TiedRanks, k: int) -> np.ndarray:
     """[n] gain 1/log2(place + 1) over that of an ideal list of min(relevant, k) items (Järvelin & Kekäläinen 2002)."""
     discount = 1.0 / np.log2(np.arange(2, k + 2))
     ideal = np.concatenate([np.zeros(1), np.cumsum(discount)])[np.minimum(ranks.total, k)]
-    chance = _chance(ranks, k)
+    chance = ranks.chance[:, :k]
     return _per_relevant((chance * discount[: chance.shape[1]]).sum(axis=1), ideal)
 
 
 def hit(ranks: TiedRanks, k: int) -> np.ndarray:
     """[n] probability that the first k hold at least one relevant item."""
-    return _first_hit(ranks, k).sum(axis=1)
+    return ranks.first_hit[:, :k].sum(axis=1)
 
 
 def mrr(ranks: TiedRanks, k: int) -> np.ndarray:
     """[n] reciprocal place of the first relevant item, 0 when it stands past place k."""
-    first = _first_hit(ranks, k)
+    first = ranks.first_hit[:, :k]
     return (first / np.arange(1, first.shape[1] + 1)).sum(axis=1)
 
 
 def average_precision(ranks: TiedRanks, k: int) -> np.ndarray:
-    """[n] mean over min(relevant, k) of the precision at each relevant place up to k.
-
-    Given a relevant item at a place, each of the `before` others ahead of it in its group is relevant with probability
-    (relevant_in - 1) / (size - 1).
-    """
-    place = np.arange(1, ranks.size[:, :k].shape[1] + 1)
-    before = place - 1 - ranks.above[:, :k]
-    others = (ranks.relevant_in[:, :k] - 1) / np.maximum(ranks.size[:, :k] - 1, 1)
-    hits_to_here = ranks.relevant_above[:, :k] + 1 + before * others
-    gain = (_chance(ranks, k) * hits_to_here / place).sum(axis=1)
-    return _per_relevant(gain, np.minimum(ranks.total, k))
+    """[n] mean over min(relevant, k) of the precision at each relevant place up to k."""
+    return _per_relevant(ranks.precision_gain[:, :k].sum(axis=1), np.minimum(ranks.total, k))
 
 
 METRICS = {
