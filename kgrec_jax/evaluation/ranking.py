@@ -50,7 +50,6 @@ class _View:
     groups: np.ndarray  # [V, I] bool, the first one all candidates
     ks: tuple[int, ...]
     total: np.ndarray  # [Nu, V] int64 relevant candidates of each user
-    count: np.ndarray  # [Nu] int64 candidates of each user, the known ones left out
     pending: list[tuple[np.ndarray, ...]] = dataclasses.field(default_factory=list)  # blocks that are not measured yet
     waiting: int = 0  # users in them
     users: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -59,12 +58,11 @@ class _View:
     lists: list[np.ndarray] = dataclasses.field(default_factory=list)  # [n, K] int32, ties by item row
 
     @staticmethod
-    def over(candidates: np.ndarray, groups: Sequence[np.ndarray], ks: tuple[int, ...], relevant: sp.csr_matrix,
-             known: sp.csr_matrix) -> _View:
+    def over(candidates: np.ndarray, groups: Sequence[np.ndarray], ks: tuple[int, ...],
+             relevant: sp.csr_matrix) -> _View:
         stacked = np.stack([candidates, *(candidates & g for g in groups)])
         total = np.asarray(relevant @ stacked.T.astype(np.int64))
-        count = int(candidates.sum()) - np.asarray(known @ candidates.astype(np.int64))
-        return _View(candidates, stacked, ks, total, count, listed={k: np.zeros(len(candidates), bool) for k in ks})
+        return _View(candidates, stacked, ks, total, listed={k: np.zeros(len(candidates), bool) for k in ks})
 
     def add(self, block: Block, heads: Heads) -> None:
         """Take in a block, and measure when there are enough users: many small blocks are slow to measure alone."""
@@ -77,7 +75,7 @@ class _View:
         row, item = block.row[ties], block.item[ties]
         last = np.stack([np.bincount(row[group[item]], minlength=len(keep)) for group in self.groups], axis=1)
         self.pending.append(tuple(x[keep] for x in (
-            block.users, heads.values, heads.items, relevant, heads.last_size, last)))
+            block.users, heads.values, heads.items, relevant, heads.last_size, heads.count, last)))
         self.waiting += int(keep.sum())
         if self.waiting >= _MEASURED:
             self.measure()
@@ -86,8 +84,8 @@ class _View:
         """The metrics of the pending users."""
         if not self.waiting:
             return
-        users, values, items, relevant, last_size, last = (np.concatenate(x) for x in zip(*self.pending))
-        self.pending, self.waiting, count = [], 0, self.count[users]
+        users, values, items, relevant, last_size, count, last = (np.concatenate(x) for x in zip(*self.pending))
+        self.pending, self.waiting = [], 0
         self.users.append(users)
         by_group = []
         for v, group in enumerate(self.groups):
@@ -156,11 +154,11 @@ def evaluate_ranking(
         )
     popularity = np.bincount(fit.indices, minlength=num_items)  # [I]
     item_level = levels(popularity)
-    views = {"all": _View.over(candidates, [item_level == n for n in (1, 2, 3)], ks, relevant, known)}
+    views = {"all": _View.over(candidates, [item_level == n for n in (1, 2, 3)], ks, relevant)}
     is_cold = candidates & (popularity == 0)
     if is_cold.any():
-        views["warm"] = _View.over(candidates & ~is_cold, [], ks, relevant, known)
-        views["cold"] = _View.over(is_cold, [], ks, relevant, known)
+        views["warm"] = _View.over(candidates & ~is_cold, [], ks, relevant)
+        views["cold"] = _View.over(is_cold, [], ks, relevant)
     users = np.flatnonzero(views["all"].total[:, 0] > 0)
     if not len(users):
         raise KgrecError("evaluation: found no user with a held-out item among the candidates, expected at least one")

@@ -34,6 +34,7 @@ class Heads:
     values: np.ndarray  # [b, K] float32, -inf past the last candidate
     items: np.ndarray  # [b, K] int32
     last_size: np.ndarray  # [b] int64 candidates whose score equals values[:, -1], where that is one
+    count: np.ndarray  # [b] int64 candidates of each user, the known ones left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +66,24 @@ def blocks(
     starts = range(0, len(users), size)
     left_out, found = (_Pairs.of(matrix, users, starts, size) for matrix in (known, relevant))
     on_device, everything = jnp.asarray(sets), tuple(sets.all(axis=1).tolist())
-    count = sets.sum(axis=1) - known @ sets.T.astype(np.int64)  # [Nu, V]
+    counts = (sets.sum(axis=1) - known @ sets.T.astype(np.int64)).T  # [V, Nu]
     for start in starts:
         rows = users[start : start + size]
         padded = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int32)
         row, item = found.block(rows)
+        count = counts[:, rows]  # [V, b]
         pairs = *left_out.padded(*left_out.block(rows)), *found.padded(row, item)
         for least in (-np.inf, np.finfo(np.float32).min):
             scores = _fresh(score_block(padded), (size, num_items), least)
             left, best = _search(scores, *pairs, on_device, width=width, everything=everything)
             values, items, at = map(np.asarray, best)
             # A candidate whose score is -inf looks like what is left out; it does not once it is raised a little.
-            exists = np.arange(width) < count[rows].T[:, :, None]  # [V, b, K]
+            exists = np.arange(width) < count[:, :, None]  # [V, b, K]
             if not (np.isneginf(values[:, : len(rows), :width]) & exists).any():
                 break
         if (values[0, : len(rows), 0] == np.inf).any():
             raise _nan_error(rows[values[0, : len(rows), 0] == np.inf][0])
-        heads = tuple(_heads(left, sets[v], values[v], items[v], width, len(rows)) for v in range(len(sets)))
+        heads = tuple(_heads(left, sets[v], values[v], items[v], width, count[v]) for v in range(len(sets)))
         yield Block(rows, heads, row, item, at[: len(row)])
 
 
@@ -102,13 +104,14 @@ def _fresh(scores: jax.Array | np.ndarray, shape: tuple[int, int], least: float)
 
 
 def _heads(left: jax.Array, chosen: np.ndarray, values: np.ndarray, items: np.ndarray, width: int,
-           count: int) -> Heads:
-    """The first `count` rows; where the score of the last place goes on beyond it, its candidates are counted."""
+           count: np.ndarray) -> Heads:
+    """The rows of the users of `count`; where the score of the last place goes on beyond it, its ties are counted."""
+    real = slice(len(count))
     last = values[:, width - 1]  # [b]
     size = (values[:, :width] == last[:, None]).sum(axis=1)
-    if (values[:count, width] == last[:count])[np.isfinite(last[:count])].any():
+    if (values[real, width] == last[real])[np.isfinite(last[real])].any():
         size = np.asarray(_count(left, chosen, last)).astype(np.int64)
-    return Heads(values[:count, :width], items[:count, :width], size[:count])
+    return Heads(values[real, :width], items[real, :width], size[real], count)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "everything"), donate_argnums=0)

@@ -14,6 +14,7 @@ decomposes exactly into its parts. Which head a gate has is told by the names of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -98,6 +99,12 @@ def _known(inputs: GateInputs) -> jax.Array:
 
 def _squashed(scores: jax.Array) -> jax.Array:
     return jnp.tanh(scores / 3.0)
+
+
+def warm_shares(params: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[P] what each part weighs for warm items before users, items and scores have their say, adding up to 1."""
+    weights = np.exp(params["warm"] - params["warm"].max())
+    return weights / weights.sum()
 
 
 def alone(params: dict, part: int, cold: bool) -> dict:

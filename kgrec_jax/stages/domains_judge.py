@@ -20,6 +20,7 @@ from kgrec_jax.evaluation.judge import Judge
 from kgrec_jax.evaluation.ranking import RankingResult
 from kgrec_jax.evaluation.significance import paired_difference
 from kgrec_jax.models.domain_towers import DomainPart
+from kgrec_jax.models.fusion import warm_shares
 from kgrec_jax.models.recommender import FusedModel
 from kgrec_jax.serving import store
 from kgrec_jax.serving.recommender import Recommender
@@ -149,8 +150,7 @@ def served(base: Run, model: FusedModel) -> Recommender:
 
 def _told(names: tuple[str, ...], gate: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, Any]:
     """A gate in numbers: the parts' weights for warm items, what the parts and the guard were measured as."""
-    weights = np.exp(gate["warm"] - gate["warm"].max())
-    return {"weights": dict(zip(names, (weights / weights.sum()).tolist(), strict=True)),
+    return {"weights": dict(zip(names, warm_shares(gate).tolist(), strict=True)),
             "judged": about["judged"], "guard": about["guard"]}
 
 

@@ -21,6 +21,7 @@ from kgrec_jax.linear import neighbours, ridge
 from kgrec_jax.linear.choose import LinearChoice, choose_linear
 from kgrec_jax.linear.ease import ease, skip_reason
 from kgrec_jax.linear.parts import Part
+from kgrec_jax.models.fusion import warm_shares
 from kgrec_jax.models.recommender import FusedModel
 from kgrec_jax.models.tower_config import TowerConfig, check_towers
 from kgrec_jax.optim import OptimConfig
@@ -247,9 +248,8 @@ def run(experiment: Any, run: Any, linear: LinearChoice | None = None,
     gate, learned = _read(held, _learned)
     watch(learned)
     final, parts = fitter.model(run.split.fit, run.stage("fuse") / "tower", gate)
-    weights = np.exp(gate["warm"] - gate["warm"].max())
     run.tracker.say("fuse: weights of the parts for warm items: " + ", ".join(
-        f"{name} {weight:.2f}" for name, weight in zip(final.names, weights / weights.sum())))
+        f"{name} {weight:.2f}" for name, weight in zip(final.names, warm_shares(gate))))
     rows = {name: parts[name] for name in ROWS if name in parts}
     told = {**dataclasses.asdict(choices), "skipped": {**choices.skipped, **_lacking(parts, fitter.further)}}
     return final, rows, {**told, **learned, "names": list(final.names)}
